@@ -1,0 +1,31 @@
+"""mlopt: a compiler for multilevel optimization on PyTorch.
+
+Write each problem with a `training_step`, put the problems in a `Graph`, `compile` it, step the `Plan`.
+"""
+
+from mlopt import errors, linalg
+from mlopt.compile import compile  # noqa: A004 - the name users know from torch.compile
+from mlopt.engine import Callback, Engine
+from mlopt.graph import Graph
+from mlopt.hypergradient import CG, AbstractEstimator, FiniteDifference, Neumann
+from mlopt.ops import build_config
+from mlopt.problem import Problem
+from mlopt.runtime import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "AbstractEstimator",
+    "Callback",
+    "Engine",
+    "FiniteDifference",
+    "Graph",
+    "Neumann",
+    "Plan",
+    "Problem",
+    "build_config",
+    "compile",
+    "errors",
+    "linalg",
+]

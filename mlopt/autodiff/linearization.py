@@ -1,0 +1,117 @@
+"""Second-order products of one loss g at one point: ``H v`` and the mixed products ``(d2g/dr dtheta)^T q``.
+
+Both are the vector-Jacobian product of the gradient ``dg/dtheta`` (reverse over reverse), so one trace gives both. The
+trace is cut by use-def into
+
+- a *primal* graph, everything that does not depend on the vector: forward and backward of g, run once per state;
+- a *tangent* graph per product, everything that does: run once per vector, on the residuals that the primal handed
+  over.
+
+An iterative solver that re-ran the whole product would pay for the primal half in every iteration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from mlopt.autodiff.gradient import prepare, read_parameters
+from mlopt.autodiff.layout import FlatLayout
+from mlopt.autodiff.split import dependents, extract, residuals_of
+from mlopt.autodiff.trace import Outputs, TracedGraph, trace
+from mlopt.capture.record import InputRole, LossGraph
+from mlopt.passes import run_default_passes
+
+
+@dataclasses.dataclass
+class LinearizationGraphs:
+    """The halves of the second-order products of one loss.
+
+    Attributes:
+        traced: The whole product before the cut; its `guard` tells for which shapes the halves hold.
+        primal: ``(loss inputs) -> residuals``.
+        hvp: ``(residuals, v [N]) -> (H v [N],)``, or None if not asked for.
+        mixed: ``(residuals, q [N]) -> (one flat vector [N_r] per target)``, or None if there is no target.
+        targets: The problems that `mixed` returns products for, in output order.
+        num_residuals: How many values the primal half hands over.
+    """
+
+    traced: TracedGraph
+    primal: fx.GraphModule
+    hvp: fx.GraphModule | None
+    mixed: fx.GraphModule | None
+    targets: tuple[str, ...]
+    num_residuals: int
+
+
+def linearization_graphs(
+    loss: LossGraph,
+    inputs: Sequence[torch.Tensor],
+    layouts: Mapping[str, FlatLayout],
+    *,
+    hvp: bool,
+    targets: Sequence[str],
+) -> LinearizationGraphs:
+    """Build the second-order products of a loss.
+
+    With theta the own parameters, r those of a problem the loss reads, and v a vector [N] like theta:
+    ``H v = d/dtheta <dg/dtheta, v>`` and ``mixed_r v = d/dr <dg/dtheta, v>``. Parameters that the gradient does not
+    depend on (a bias in a linear loss, an unused layer) contribute zeros.
+
+    Args:
+        loss: The captured loss g.
+        inputs: Example tensors in the order of ``loss.inputs``.
+        layouts: Flat layouts of all problems by name.
+        hvp: Whether `H v` is wanted.
+        targets: The problems r whose mixed products are wanted.
+
+    Returns:
+        The graphs, already through the default passes.
+    """
+    own_layout = layouts[loss.problem]
+    dtype, device = own_layout.dtype, own_layout.device
+
+    def compute(tensors: list[torch.Tensor]) -> Outputs:
+        *tensors, flat = tensors
+        values, own = prepare(loss, tensors, own_layout)
+        reads = [read_parameters(loss, values, layouts[name]) for name in targets]
+        result = loss.module(*values)
+        pairs = [(t, v) for t, v in zip(own, own_layout.split(flat), strict=True) if t is not None]
+        gradients = torch.autograd.grad(result[0], [t for t, _ in pairs], create_graph=True, allow_unused=True)
+        # A gradient that is missing or constant has no second derivative; autograd would raise, zero is right.
+        curved = [(g, v) for g, (_, v) in zip(gradients, pairs, strict=True) if g is not None and g.requires_grad]
+        groups = ([own] if hvp else []) + reads
+        wanted = [t for group in groups for t in group if t is not None]
+        if curved and wanted:
+            products = iter(
+                torch.autograd.grad([g for g, _ in curved], wanted, [v for _, v in curved], allow_unused=True)
+            )
+        else:
+            products = iter([None] * len(wanted))
+        layouts_out = ([own_layout] if hvp else []) + [layouts[name] for name in targets]
+        return [
+            layout.flatten([None if t is None else next(products) for t in group])
+            for layout, group in zip(layouts_out, groups, strict=True)
+        ]
+
+    example = torch.empty(own_layout.size, dtype=dtype, device=device)
+    dynamic_dims = [*loss.dynamic_dims, frozenset()]
+    traced = trace(compute, [*inputs, example], dynamic_dims, loss.positions(InputRole.BATCH))
+    run_default_passes(traced.module)
+    return _cut(traced, hvp=hvp, targets=tuple(targets))
+
+
+def _cut(traced: TracedGraph, *, hvp: bool, targets: tuple[str, ...]) -> LinearizationGraphs:
+    graph = traced.module.graph
+    *inputs, vector = [n for n in graph.nodes if n.op == "placeholder"]
+    outputs = next(n for n in graph.nodes if n.op == "output").args[0]
+    tangent = dependents(vector)
+    residuals = residuals_of(outputs, tangent)
+    primal = extract(traced.module, inputs, residuals, keep_random=True)
+    halves = {}
+    for name, wanted in (("hvp", outputs[:1] if hvp else ()), ("mixed", outputs[1:] if hvp else outputs)):
+        halves[name] = extract(traced.module, [*residuals, vector], wanted) if wanted else None
+    return LinearizationGraphs(traced, primal, halves["hvp"], halves["mixed"], targets, len(residuals))

@@ -1,0 +1,21 @@
+"""The contract of a backend."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+Compiled = Callable[..., Sequence[torch.Tensor | None]]
+
+
+class AbstractBackend(abc.ABC):
+    """Lowers graphs."""
+
+    name: str
+
+    @abc.abstractmethod
+    def lower(self, module: fx.GraphModule) -> Compiled:
+        """Turn a functional graph into a callable ``f(*tensors) -> tuple`` that never builds an autograd graph."""

@@ -1,0 +1,280 @@
+"""Capture one problem's loss with `torch.export`.
+
+A wrapper module registers every problem's module under the problem's name and calls one problem's `training_step`.
+`torch.export` (non-strict: ordinary Python runs, on fake tensors) lifts every parameter and buffer to a graph input,
+so the parameters that the loss depends on, and with them the edges of the problem graph, are a fact of the graph
+and need no declaration.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mlopt.capture.batch import BatchSpec
+from mlopt.capture.guard import ShapeGuard
+from mlopt.capture.normalize import (
+    decompose_batch_norm,
+    depends_on,
+    inline_grad_mode_regions,
+    return_items_as_tensors,
+    written_placeholders,
+)
+from mlopt.capture.record import GraphInput, InputRole, LossGraph, Metric
+from mlopt.errors import CaptureError, LossError, MloptError
+from mlopt.problem import Problem
+
+
+def capture_loss(
+    problem: Problem, problems: Sequence[Problem], tensors: Sequence[torch.Tensor], spec: BatchSpec
+) -> LossGraph:
+    """Capture the loss of one problem on batches shaped like the given one.
+
+    `training_step` runs once, on fake tensors. Leading dimensions of batch tensors are left free where the loss
+    allows it.
+
+    Args:
+        problem: The problem whose `training_step` is captured.
+        problems: All problems of the graph.
+        tensors: Tensors of one batch, in leaf order.
+        spec: Structure of that batch.
+
+    Returns:
+        The captured loss.
+
+    Raises:
+        LossError: `training_step` did not return a differentiable scalar, or a dict with one under ``"loss"``.
+        CaptureError: `training_step` cannot be captured; names the user's source line.
+        UnknownNameError: `training_step` used an unknown problem name.
+    """
+    wrapper = _LossModule(problem, problems, spec)
+    shapes = [{0: Dim.AUTO} if t.ndim > 0 and t.shape[0] > 1 else None for t in tensors]
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                wrapper, tuple(tensors), dynamic_shapes={"tensors": tuple(shapes)}, strict=False
+            )
+    except MloptError:
+        raise
+    except Exception as error:
+        if wrapper.seen.error is not None:  # a mistake found inside training_step, which export may have wrapped
+            raise wrapper.seen.error from None
+        raise _capture_error(problem, error) from error
+    return _to_record(exported, wrapper, problem, problems, spec)
+
+
+class _Seen:
+    """What a run of `training_step` showed besides tensors.
+
+    An object of its own because torch.export restores the attributes of the module it traces.
+    """
+
+    def __init__(self) -> None:
+        self.error: MloptError | None = None
+        self.metric_names: list[str] = []
+        self.numbers: set[str] = set()
+        self.constant_metrics: dict[str, object] = {}
+
+
+class _LossModule(nn.Module):
+    """Registers every problem's module and runs one problem's `training_step` on flat batch tensors."""
+
+    def __init__(self, problem: Problem, problems: Sequence[Problem], spec: BatchSpec) -> None:
+        super().__init__()
+        for p in problems:
+            self.add_module(p.name, p.module)
+        object.__setattr__(self, "_problem", problem)
+        self._spec = spec
+        self.seen = _Seen()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        problem: Problem = self._problem  # type: ignore[assignment]
+        seen = self.seen
+        try:
+            loss, metrics = split_result(problem.name, problem.training_step(self._spec.unflatten(tensors)))
+            check_loss(problem.name, loss)
+        except MloptError as error:
+            seen.error = error
+            raise
+        outputs = []
+        seen.metric_names, seen.numbers, seen.constant_metrics = [], set(), {}
+        for name, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                outputs.append(value.detach())
+                seen.metric_names.append(name)
+            elif isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+                outputs.append(value)
+                seen.metric_names.append(name)
+                seen.numbers.add(name)
+            else:
+                seen.constant_metrics[name] = value
+        return loss.reshape(()), *outputs
+
+
+def split_result(problem: str, result: Any) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    """Separate what `training_step` returned into the loss and the metrics.
+
+    Raises:
+        LossError: Neither a tensor nor a dict with a tensor under ``"loss"``.
+    """
+    if isinstance(result, Mapping):
+        if "loss" not in result:
+            raise LossError(
+                f"problem {problem!r}: training_step returned a dict without the key 'loss' "
+                f"(keys: {', '.join(map(str, result)) or 'none'}); put the scalar to minimize under 'loss'"
+            )
+        loss, metrics = result["loss"], {str(k): v for k, v in result.items() if k != "loss"}
+    else:
+        loss, metrics = result, {}
+    if not isinstance(loss, torch.Tensor):
+        raise LossError(
+            f"problem {problem!r}: training_step returned {_describe(loss)} as the loss, expected a scalar tensor"
+            + ("; did it forget to return?" if loss is None else "; do not call .item() on the loss")
+        )
+    return loss, metrics
+
+
+def check_loss(problem: str, loss: torch.Tensor) -> None:
+    """Check that a loss is a differentiable scalar.
+
+    Raises:
+        LossError: More than one element, not floating point, or without a gradient.
+    """
+    if loss.numel() != 1:
+        raise LossError(
+            f"problem {problem!r}: training_step returned a loss of shape {tuple(loss.shape)}, expected a scalar; "
+            "reduce it, for example with .mean()"
+        )
+    if not loss.dtype.is_floating_point:
+        raise LossError(
+            f"problem {problem!r}: training_step returned a loss of dtype {loss.dtype}, expected a floating dtype"
+        )
+    if not loss.requires_grad:
+        raise LossError(
+            f"problem {problem!r}: training_step returned a loss that depends on no trainable parameter (detached, "
+            "computed under no_grad, or from frozen parameters only); there is no gradient to follow"
+        )
+
+
+def _describe(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _capture_error(problem: Problem, error: Exception) -> CaptureError:
+    """Quote the deepest line of the user's own code on the traceback."""
+    hidden = (torch.__path__[0], __file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(hidden)]
+    frames = [f for f in frames if "/mlopt/" not in f.filename.replace("\\", "/") or "/tests/" in f.filename]
+    where = f'\n  at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}' if frames else ""
+    first = str(error).strip().splitlines()
+    return CaptureError(
+        f"problem {problem.name!r}: its training_step could not be captured as a graph{where}\n"
+        f"  {type(error).__name__}: {first[0] if first else ''}\n"
+        "Captured code runs once, on tensors without values: it cannot branch on a tensor's value or leave PyTorch. "
+        "Run problem.training_step(batch) by itself first; if that fails, the mistake is in the code, else rewrite "
+        "the line above with tensor operations (torch.where, masks)."
+    )
+
+
+def _to_record(
+    exported: torch.export.ExportedProgram,
+    wrapper: _LossModule,
+    problem: Problem,
+    problems: Sequence[Problem],
+    spec: BatchSpec,
+) -> LossGraph:
+    module = fx.GraphModule(exported.graph_module, exported.graph)
+    inline_grad_mode_regions(module, problem.name)
+    decompose_batch_norm(module, problem.name)
+    number_positions = return_items_as_tensors(module)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    trained = {id(t): (p.name, name) for p in problems for name, t in p.trained_parameters().items()}
+    inputs: list[GraphInput] = []
+    dynamic: list[frozenset[int]] = []
+    for node, input_spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+        inputs.append(_classify(input_spec, exported, wrapper, problem, trained, len(inputs)))
+        value = node.meta["val"]
+        free = isinstance(value, torch.Tensor) and inputs[-1].role is InputRole.BATCH
+        dynamic.append(
+            frozenset(d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt)) if free else frozenset()
+        )
+    # Placeholders are numbered anew by torch when a graph is retraced; only their order counts from here on.
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    metrics = tuple(
+        Metric(name, is_number=name in wrapper.seen.numbers or i + 1 in number_positions)
+        for i, name in enumerate(wrapper.seen.metric_names)
+    )
+    used = depends_on(output.args[0][0], placeholders)
+    reads: dict[str, list[str]] = {}
+    for i in sorted(used):
+        if inputs[i].role is InputRole.READ:
+            reads.setdefault(inputs[i].problem, []).append(inputs[i].name)
+    for i in sorted(written_placeholders(module, placeholders)):
+        if inputs[i].role not in (InputRole.BUFFER, InputRole.BATCH):
+            raise CaptureError(
+                f"problem {problem.name!r}: its training_step writes in place to the {inputs[i].role.value} tensor "
+                f"{inputs[i].name!r}; only module buffers may be written. Clone it first."
+            )
+    return LossGraph(
+        problem=problem.name,
+        module=module,
+        inputs=tuple(inputs),
+        metrics=metrics,
+        constant_metrics=wrapper.seen.constant_metrics,
+        reads={name: tuple(values) for name, values in reads.items()},
+        used_own=frozenset(inputs[i].name for i in used if inputs[i].role is InputRole.OWN),
+        batch_spec=spec,
+        dynamic_dims=tuple(dynamic),
+        guard=_batch_guard(placeholders, inputs),
+    )
+
+
+def _batch_guard(placeholders: Sequence[fx.Node], inputs: Sequence[GraphInput]) -> ShapeGuard:
+    batch = [p.meta["val"] for p, x in zip(placeholders, inputs, strict=True) if x.role is InputRole.BATCH]
+    mode = detect_fake_mode([p.meta["val"] for p in placeholders])
+    assert mode is not None and mode.shape_env is not None, "torch.export traced without symbolic shapes"
+    return ShapeGuard(mode.shape_env, batch)
+
+
+def _classify(
+    spec: Any,
+    exported: torch.export.ExportedProgram,
+    wrapper: nn.Module,
+    problem: Problem,
+    trained: Mapping[int, tuple[str, str]],
+    position: int,
+) -> GraphInput:
+    if spec.kind is InputKind.USER_INPUT:
+        return GraphInput(InputRole.BATCH, problem.name, f"batch[{position}]", None)
+    owner, _, local = (spec.target or "").partition(".")
+    if spec.kind is InputKind.PARAMETER:
+        tensor = wrapper.get_parameter(spec.target)
+        if id(tensor) in trained:
+            name, local = trained[id(tensor)]
+            return GraphInput(InputRole.OWN if name == problem.name else InputRole.READ, name, local, tensor)
+        return GraphInput(InputRole.CONSTANT, owner, local, tensor)
+    if spec.kind is InputKind.BUFFER:
+        return GraphInput(InputRole.BUFFER, owner, local, wrapper.get_buffer(spec.target))
+    tensor = exported.constants.get(spec.target)
+    if not isinstance(tensor, torch.Tensor):
+        raise CaptureError(
+            f"problem {problem.name!r}: its training_step uses a {type(tensor).__name__} object ({spec.target}) that "
+            "has no place in a graph"
+        )
+    if tensor.requires_grad:
+        raise CaptureError(
+            f"problem {problem.name!r}: its training_step reads a tensor of shape {tuple(tensor.shape)} that requires a "
+            "gradient but is no parameter of any problem's module, so its gradient would be lost; make it an "
+            "nn.Parameter of the module of the problem that trains it"
+        )
+    return GraphInput(InputRole.CONSTANT, "", spec.target, tensor)

@@ -1,0 +1,83 @@
+"""`LossGraph`: what capture hands to the rest of the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+from torch import fx
+
+from mlopt.capture.batch import BatchSpec
+from mlopt.capture.guard import ShapeGuard
+
+
+class InputRole(enum.Enum):
+    """What a graph input is to the problem whose loss the graph computes."""
+
+    OWN = "own"  # a parameter this problem's optimizer trains
+    READ = "read"  # a parameter another problem's optimizer trains
+    CONSTANT = "constant"  # a parameter nobody trains, or a tensor met in training_step
+    BUFFER = "buffer"  # a module buffer, possibly written by the graph
+    BATCH = "batch"  # a tensor of the batch
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphInput:
+    """One placeholder of a captured graph.
+
+    Attributes:
+        role: See `InputRole`.
+        problem: The problem the tensor belongs to ("" for constants met in `training_step`).
+        name: The tensor's name inside that problem's module, or the batch position.
+        tensor: The live tensor, or None for batch inputs. Kept by reference: the user's tensors stay theirs.
+    """
+
+    role: InputRole
+    problem: str
+    name: str
+    tensor: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One metric of a loss: its key, and whether the user returned a Python number (then it is given back as one)."""
+
+    name: str
+    is_number: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LossGraph:
+    """One problem's loss as an FX graph.
+
+    Attributes:
+        problem: Name of the problem.
+        module: ``f(*inputs) -> (loss, *metric tensors)``; inputs in the order of `inputs`. Buffers and batch tensors
+            may be written in place, so callers hand in clones. ``loss`` is a 0-d floating tensor.
+        inputs: What each placeholder is.
+        metrics: The metrics that are tensors in the graph, in output order.
+        constant_metrics: Metrics that the capture found to be plain Python values.
+        reads: For each other problem, the names of its trained parameters that the *loss* depends on.
+        used_own: Names of the own trained parameters that the loss depends on.
+        batch_spec: Structure of the batches that this graph accepts.
+        dynamic_dims: For each input, the dimensions whose size is free.
+        guard: For which batch shapes the capture is valid.
+    """
+
+    problem: str
+    module: fx.GraphModule
+    inputs: tuple[GraphInput, ...]
+    metrics: tuple[Metric, ...]
+    constant_metrics: dict[str, object]
+    reads: dict[str, tuple[str, ...]]
+    used_own: frozenset[str]
+    batch_spec: BatchSpec
+    dynamic_dims: tuple[frozenset[int], ...]
+    guard: ShapeGuard
+
+    def positions(self, role: InputRole, problem: str | None = None) -> list[int]:
+        """Return the input positions of one role, optionally of one problem."""
+        return [
+            i for i, x in enumerate(self.inputs) if x.role is role and (problem is None or x.problem == problem)
+        ]

@@ -1,0 +1,129 @@
+"""`Engine`: a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mlopt.errors import NonFiniteError
+from mlopt.runtime.plan import Plan, StepResult
+
+History = dict[str, list[tuple[int, float]]]
+
+
+class Callback:
+    """Hooks into an `Engine` run; override what you need. The engine is given so that hooks can read its state."""
+
+    def on_start(self, engine: Engine) -> None:
+        """Run before the first step."""
+
+    def on_step_end(self, engine: Engine, results: StepResult) -> None:
+        """Run after every global step, with what ``plan.step()`` returned."""
+
+    def on_end(self, engine: Engine) -> None:
+        """Run after the last step."""
+
+
+class Engine:
+    """Runs a plan for a number of steps.
+
+    Args:
+        plan: The compiled program.
+        steps: Global steps to make; every lowest problem steps once in each.
+        callbacks: Hooks.
+        validate: Called with no argument every `validate_every` steps and after the last one; may return a dict of
+            numbers, which join the history and the progress bar. Modules are in whatever mode they are: switch to
+            ``eval()`` and back inside.
+        validate_every: Interval of `validate` in steps.
+        log_every: Interval in steps at which losses and metrics are read from the device, recorded and shown. Reading
+            them waits for the device.
+        progress: Show a progress bar (on standard error; a plain line per tenth of the run when that is no terminal).
+
+    Attributes:
+        step: Global steps made by this engine.
+        history: ``"problem.metric"`` -> list of (step, value), one entry per `log_every`.
+
+    Raises:
+        ValueError: A count is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        steps: int,
+        *,
+        callbacks: Sequence[Callback] = (),
+        validate: Callable[[], dict[str, float] | None] | None = None,
+        validate_every: int = 100,
+        log_every: int = 10,
+        progress: bool = True,
+    ) -> None:
+        for argument, value in (("steps", steps), ("validate_every", validate_every), ("log_every", log_every)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Engine, argument `{argument}`: expected an integer >= 1, got {value!r}")
+        self.plan = plan
+        self.steps = steps
+        self.step = 0
+        self.history: History = {}
+        self._callbacks = tuple(callbacks)
+        self._validate = validate
+        self._validate_every = validate_every
+        self._log_every = log_every
+        self._progress = progress
+        self._latest: StepResult = {}
+        self._shown: dict[str, float] = {}
+
+    def run(self) -> History:
+        """Make the steps.
+
+        Returns:
+            `history`.
+
+        Raises:
+            NonFiniteError: A loss is NaN or infinite at a logged step; names the problem and the step.
+        """
+        for callback in self._callbacks:
+            callback.on_start(self)
+        with tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self._progress) as bar:
+            while self.step < self.steps:
+                results = self.plan.step()
+                self.step += 1
+                self._latest.update(results)
+                for callback in self._callbacks:
+                    callback.on_step_end(self, results)
+                last = self.step == self.steps
+                if last or self.step % self._log_every == 0:
+                    self._log()
+                if self._validate is not None and (last or self.step % self._validate_every == 0):
+                    self._record("", self._validate() or {})
+                bar.set_postfix(self._shown, refresh=False)
+                bar.update()
+        for callback in self._callbacks:
+            callback.on_end(self)
+        return self.history
+
+    def _log(self) -> None:
+        for problem, result in self._latest.items():
+            loss = float(result["loss"])
+            if not torch.isfinite(result["loss"]):
+                raise NonFiniteError(
+                    f"problem {problem!r}: its loss is {loss} at step {self.step}; lower its learning rate or look at "
+                    "its data"
+                )
+            self._record(problem, result)
+        self._latest = {}
+
+    def _record(self, problem: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1:
+                    continue
+                value = value.item()
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            key = f"{problem}.{name}" if problem else name
+            self.history.setdefault(key, []).append((self.step, float(value)))
+            self._shown[problem if name == "loss" else key] = value

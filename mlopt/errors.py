@@ -1,0 +1,59 @@
+"""Exceptions and warnings of mlopt.
+
+Every user mistake is an `MloptError` that says where (which problem, which argument), what was expected and what
+was found, and what to do. The concrete classes also derive from the builtin exception that fits (`ValueError`,
+`RuntimeError`, `AttributeError`), so code that catches those keeps working. Numerical outcomes of a solve are not
+exceptions: they are data (`mlopt.linalg.Outcome`).
+"""
+
+
+class MloptError(Exception):
+    """Base class of every error that mlopt raises on purpose."""
+
+
+class ProblemError(MloptError, ValueError):
+    """A `Problem` was put together wrongly (no optimizer, empty loader, bad step counts, ...)."""
+
+
+class UnknownNameError(MloptError, AttributeError):
+    """A `training_step` read an attribute that is neither the problem's own nor another problem's name."""
+
+
+class GraphError(MloptError, ValueError):
+    """The problems do not form a valid graph (name clash, undeclared or unread edge, cycle)."""
+
+
+class LossError(MloptError, ValueError):
+    """A `training_step` returned something that is not a differentiable scalar loss."""
+
+
+class CaptureError(MloptError, RuntimeError):
+    """A `training_step` could not be captured as a graph."""
+
+
+class DataError(MloptError, ValueError):
+    """A problem's data is empty, ran out, or yields batches that mlopt cannot read."""
+
+
+class VerificationError(MloptError, RuntimeError):
+    """A compiled derivative disagrees with eager autograd (only raised with ``strict=True``)."""
+
+
+class NonFiniteError(MloptError, RuntimeError):
+    """A loss, gradient or hypergradient is NaN or infinite."""
+
+
+class StateError(MloptError, ValueError):
+    """A state dict does not belong to this plan."""
+
+
+class VerificationWarning(UserWarning):
+    """A compiled derivative disagrees with eager autograd; the eager one is used from here on."""
+
+
+class SolverWarning(UserWarning):
+    """A linear solve broke down or met non-finite numbers."""
+
+
+class StructureWarning(UserWarning):
+    """The problem graph is legal but probably not what was meant (for example a structurally zero hypergradient)."""

@@ -1,0 +1,11 @@
+"""Estimators of the best-response derivative, as values: one file each.
+
+`base.py` states the contract; a user adds an estimator by subclassing `AbstractEstimator`, with nothing to register.
+"""
+
+from mlopt.hypergradient.base import AbstractEstimator
+from mlopt.hypergradient.cg import CG
+from mlopt.hypergradient.finite_difference import FiniteDifference
+from mlopt.hypergradient.neumann import Neumann
+
+__all__ = ["CG", "AbstractEstimator", "FiniteDifference", "Neumann"]

@@ -1,0 +1,71 @@
+"""The contract of a hypergradient estimator.
+
+For a lower problem with loss g, parameters theta and Hessian ``H = d2g/dtheta2``, a cotangent v at theta contributes
+``-(d2g/dlambda dtheta)^T q`` with ``H q = v`` to every lambda that g reads (implicit function theorem; e.g. Lorraine,
+Vicol and Duvenaud 2020, arXiv 1911.02590). Estimators differ in how they obtain q, and in whether the mixed product is
+exact or a finite difference; that is the whole contract. Everything else (linearizations, sharing, accumulation over
+the problem graph) is the planner's and the runtime's.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import torch
+
+from mlopt.linalg import AbstractLinearOperator, Solution
+
+
+class AbstractEstimator(abc.ABC):
+    """How the best response of one lower problem is differentiated.
+
+    To add one, subclass and write `solve`; pass an instance as ``hypergradient=`` of a problem. Instances are values:
+    immutable, comparable, free of state (a warm start is kept by the plan).
+    """
+
+    #: Whether `solve` multiplies with the operator. If False no Hessian product is built for the problem.
+    uses_hvp: bool = True
+
+    #: Whether the plan hands the previous q of the same place in the program to `solve` as its first guess.
+    warm_start: bool = False
+
+    #: None for the exact mixed product; else the length (in the norm of the lower parameters) of the step of a
+    #: central difference.
+    mixed_step: float | None = None
+
+    @abc.abstractmethod
+    def solve(
+        self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None
+    ) -> Solution:
+        """Return q for ``H q = v``.
+
+        Args:
+            operator: The lower problem's Hessian H [N, N]; not to be used if `uses_hvp` is False.
+            cotangent: v [N]; must not be written.
+            guess: A first guess for q [N], or None.
+
+        Returns:
+            The solution; ``value`` is q [N].
+        """
+
+    @property
+    def max_hvps(self) -> int:
+        """The most products with H that one solve makes (for the cost column of ``explain()``)."""
+        return 0
+
+
+def check_number(owner: str, argument: str, value: Any, *, positive: bool) -> None:
+    """Raise ValueError unless `value` is a finite number, positive (or not negative)."""
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or value < 0 or (positive and value == 0):
+        raise ValueError(
+            f"{owner}, argument `{argument}`: expected a finite number {'> 0' if positive else '>= 0'}, got {value!r}"
+        )
+
+
+def check_count(owner: str, argument: str, value: Any) -> None:
+    """Raise ValueError unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{owner}, argument `{argument}`: expected an integer >= 1, got {value!r}")

@@ -1,0 +1,125 @@
+"""`ExecutionPlan`: the whole program as data, and how it prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from mlopt.graph import Graph
+from mlopt.hypergradient import CG, AbstractEstimator
+from mlopt.planner.adjoint import plan_hypergradient
+from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, Solve
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductNeeds:
+    """Which derivatives of one problem's loss the program uses; nothing else is built.
+
+    Attributes:
+        cotangents: Problems whose cotangent comes with the problem's gradient.
+        hvp: Whether Hessian products are used.
+        mixed: Targets of exact mixed products.
+        read_gradients: Targets of mixed products by finite differences.
+    """
+
+    cotangents: tuple[str, ...] = ()
+    hvp: bool = False
+    mixed: tuple[str, ...] = ()
+    read_gradients: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemPlan:
+    """When one problem steps and what a step is.
+
+    Attributes:
+        name: The problem.
+        level: 1 for the lowest.
+        lowers: Problems that must have made their `unroll_steps` since this problem's last step.
+        instructions: One step.
+        estimator: How a problem above differentiates this problem's optimum.
+        reached: Names of its parameters that a lower loss reads, through which the hypergradient is more than direct.
+    """
+
+    name: str
+    level: int
+    lowers: tuple[str, ...]
+    instructions: tuple[Instruction, ...]
+    estimator: AbstractEstimator
+    reached: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionPlan:
+    """What the runtime executes.
+
+    Attributes:
+        problems: Lowest first.
+        needs: For each problem, the derivatives of its loss that are used.
+    """
+
+    problems: tuple[ProblemPlan, ...]
+    needs: dict[str, ProductNeeds]
+
+    def __getitem__(self, name: str) -> ProblemPlan:
+        """Return the plan of one problem."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, ProblemPlan]:
+        return {p.name: p for p in self.problems}
+
+    def __str__(self) -> str:
+        """List the steps of every problem."""
+        blocks = []
+        for p in self.problems:
+            lines = [f"step of {p.name}"]
+            lines += [f"  {i}. {instruction}" for i, instruction in enumerate(p.instructions, 1)]
+            blocks.append("\n".join(lines))
+        return "\n".join(blocks)
+
+
+def plan_program(graph: Graph) -> ExecutionPlan:
+    """Plan every problem of a graph whose edges are known."""
+    order = list(graph.problems)
+    estimators = {name: problem.hypergradient or CG() for name, problem in graph.problems.items()}
+    reads = {name: list(graph.reads(name)) for name in order}
+    levels = graph.levels()
+    problems = []
+    for name in order:
+        instructions = plan_hypergradient(name, order, reads, estimators)
+        reached = {
+            parameter
+            for i in instructions
+            if isinstance(i, MixedProduct) and (name, HYPERGRADIENT) in i.targets
+            for parameter in graph.reads(i.problem)[name]
+        }
+        problems.append(
+            ProblemPlan(
+                name=name,
+                level=levels[name],
+                lowers=tuple(graph.lowers(name)),
+                instructions=instructions,
+                estimator=estimators[name],
+                reached=frozenset(reached),
+            )
+        )
+    return ExecutionPlan(tuple(problems), {name: _needs(name, problems) for name in order})
+
+
+def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
+    cotangents: list[str] = []
+    mixed: list[str] = []
+    read_gradients: list[str] = []
+    hvp = False
+    for instruction in (i for p in problems for i in p.instructions if i.problem == name):
+        if isinstance(instruction, Gradient):
+            cotangents += [r for r, _ in instruction.cotangents]
+        elif isinstance(instruction, Solve):
+            hvp |= instruction.estimator.uses_hvp
+        elif isinstance(instruction, MixedProduct):
+            (mixed if instruction.step is None else read_gradients).extend(r for r, _ in instruction.targets)
+    return ProductNeeds(
+        tuple(dict.fromkeys(cotangents)), hvp, tuple(dict.fromkeys(mixed)), tuple(dict.fromkeys(read_gradients))
+    )

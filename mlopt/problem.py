@@ -1,0 +1,193 @@
+"""`Problem`: one optimization problem of a multilevel program, as data.
+
+Owns what the user states about one problem and the checks that need nothing but that statement. It holds no
+algorithm: capture, differentiation, planning and stepping read it and never write to it, except for `bind`, by which
+a `Graph` tells the problem the names of its peers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mlopt.errors import ProblemError, UnknownNameError
+
+if TYPE_CHECKING:
+    from mlopt.hypergradient.base import AbstractEstimator
+
+
+class Problem:
+    """One problem: parameters, a loss, data and an optimizer.
+
+    Subclass it and write `training_step`. Inside, ``self.module`` (or ``self(...)``) is the problem's own network and
+    every other problem of the graph is reachable by its name: ``self.classifier(x)`` calls the module of the problem
+    named ``"classifier"``. `training_step` is run once per capture, not once per step: its Python code (counters,
+    prints) does not run again when the captured graph does.
+
+    Args:
+        name: A Python identifier, unique in the graph; other problems use it as an attribute.
+        module: The network whose parameters this problem trains.
+        optimizer: A `torch.optim.Optimizer` over parameters of `module`. It is used as given (groups, state,
+            hyperparameters); a parameter it does not hold is not trained.
+        data: An iterable of batches that can be iterated again (a `DataLoader`, a list), or None when
+            `training_step` needs no batch (it is then given None). A batch is any nesting of dicts, lists, tuples and
+            named tuples of tensors and plain Python values. Tensors are moved to the device of the parameters.
+        scheduler: Optional learning-rate scheduler; its ``step()`` is called after each optimizer step.
+        hypergradient: How the derivative of this problem's optimum is estimated when a problem above it asks for a
+            hypergradient: `mlopt.CG`, `mlopt.Neumann`, `mlopt.FiniteDifference` or a subclass of
+            `mlopt.AbstractEstimator`. Default: ``mlopt.CG()``.
+        unroll_steps: Optimizer steps this problem makes between two steps of a problem above it.
+        warmup_steps: Optimizer steps this problem makes before any problem above it steps for the first time.
+
+    Raises:
+        ProblemError: A name that is no identifier or that hides an attribute of `Problem`, step counts that are not
+            positive integers, an optimizer that is missing or holds foreign parameters, an empty list as data.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: Iterable[Any] | None = None,
+        scheduler: Any = None,
+        hypergradient: AbstractEstimator | None = None,
+        unroll_steps: int = 1,
+        warmup_steps: int = 0,
+    ) -> None:
+        _check_name(name, type(self))
+        self.name = name
+        self.module = module
+        self.optimizer = optimizer
+        self.data = data
+        self.scheduler = scheduler
+        self.hypergradient = hypergradient
+        self.unroll_steps = unroll_steps
+        self.warmup_steps = warmup_steps
+        self._peers: dict[str, Problem] = {}
+        self._check()
+
+    def training_step(self, batch: Any) -> torch.Tensor | dict[str, Any]:
+        """Compute this problem's loss on one batch.
+
+        Args:
+            batch: One element of `data`, tensors already on the parameters' device; None if `data` is None.
+
+        Returns:
+            The scalar loss, or a dict with the loss under ``"loss"`` and any metrics (scalar tensors or Python
+            numbers) under other keys.
+        """
+        raise NotImplementedError(
+            f"problem {self.name!r}: {type(self).__name__} does not define training_step(self, batch); "
+            "write it to return the loss"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the problem's module."""
+        return self.module(*args, **kwargs)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters of `module` (also those that the optimizer does not hold)."""
+        return self.module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over the named parameters of `module` (also those that the optimizer does not hold)."""
+        return self.module.named_parameters()
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that this problem solves for, by their name in `module`.
+
+        These are the parameters of `module` that the optimizer holds and that require a gradient.
+        """
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return {n: p for n, p in self.module.named_parameters() if id(p) in held and p.requires_grad}
+
+    def bind(self, peers: Mapping[str, Problem]) -> None:
+        """Make the other problems of a graph reachable as attributes (called by `Graph`)."""
+        self._peers = {name: peer for name, peer in peers.items() if peer is not self}
+
+    def __getattr__(self, name: str) -> Any:
+        """Resolve the name of another problem of the graph."""
+        peers = self.__dict__.get("_peers", {})
+        if name in peers:
+            return peers[name]
+        if name.startswith("__"):
+            raise AttributeError(name)
+        own_name = self.__dict__.get("name", type(self).__name__)
+        known = sorted(peers)
+        close = difflib.get_close_matches(name, [*known, *self.__dict__], n=1)
+        raise UnknownNameError(
+            f"problem {own_name!r}: self.{name} is neither an attribute of {type(self).__name__} nor the name of "
+            f"another problem in its graph (problems: {', '.join(known) or 'none'})"
+            + (f"; did you mean self.{close[0]}?" if close else "; add it in __init__ or name the problem so")
+        )
+
+    def __repr__(self) -> str:
+        """Name the class and the problem."""
+        return f"{type(self).__name__}({self.name!r})"
+
+    def _check(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise ProblemError(
+                f"problem {self.name!r}, argument `module`: expected a torch.nn.Module, got "
+                f"{type(self.module).__name__}; wrap bare parameters in a small nn.Module"
+            )
+        if self.optimizer is None:
+            raise ProblemError(
+                f"problem {self.name!r}, argument `optimizer`: expected a torch.optim.Optimizer, got None; "
+                "pass for example torch.optim.SGD(module.parameters(), lr=0.1)"
+            )
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise ProblemError(
+                f"problem {self.name!r}, argument `optimizer`: expected a torch.optim.Optimizer, got "
+                f"{type(self.optimizer).__name__}"
+            )
+        own = {id(p) for p in self.module.parameters()}
+        foreign = [
+            tuple(p.shape) for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own
+        ]
+        if foreign:
+            raise ProblemError(
+                f"problem {self.name!r}, argument `optimizer`: it holds {len(foreign)} parameter(s) that are not in "
+                f"`module` (first shape: {foreign[0]}); make every trained tensor an nn.Parameter of the module"
+            )
+        if not self.trained_parameters():
+            raise ProblemError(
+                f"problem {self.name!r}, argument `optimizer`: none of the parameters it holds requires a gradient; "
+                "there is nothing to train"
+            )
+        if hasattr(self.data, "__len__") and len(self.data) == 0:  # type: ignore[arg-type]
+            raise ProblemError(
+                f"problem {self.name!r}, argument `data`: the loader is empty (length 0); it must yield at least "
+                "one batch (drop_last=True on a data set smaller than the batch size?)"
+            )
+        if self.data is not None and not isinstance(self.data, Iterable):
+            raise ProblemError(
+                f"problem {self.name!r}, argument `data`: expected an iterable of batches or None, got "
+                f"{type(self.data).__name__}"
+            )
+        for argument, least in (("unroll_steps", 1), ("warmup_steps", 0)):
+            value = getattr(self, argument)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `{argument}`: expected an integer >= {least}, got {value!r}"
+                )
+
+
+def _check_name(name: Any, cls: type[Problem]) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ProblemError(
+            f"{cls.__name__}, argument `name`: expected a Python identifier (other problems use it as an attribute), "
+            f"got {name!r}"
+        )
+    reserved = {"name", "module", "optimizer", "data", "scheduler", "hypergradient", "unroll_steps", "warmup_steps"}
+    if name in reserved or hasattr(cls, name):
+        raise ProblemError(
+            f"{cls.__name__}, argument `name`: {name!r} is an attribute of {cls.__name__} and would hide the problem; "
+            "choose another name"
+        )

@@ -1,0 +1,10 @@
+"""Runs an `ExecutionPlan`.
+
+`plan.py` is the public object; `execute.py` carries out instructions and decides nothing; `derivatives.py` is the
+contract by which a problem's loss is differentiated, with the captured graphs and, in `reference.py`, plain autograd
+behind it.
+"""
+
+from mlopt.runtime.plan import Plan
+
+__all__ = ["Plan"]

@@ -1,0 +1,145 @@
+"""What ``plan.explain()`` prints: facts of the compiled program, in the order a reader asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import fx
+
+from mlopt import ops
+from mlopt.autodiff import FlatLayout
+from mlopt.graph import Graph
+from mlopt.planner import ExecutionPlan, Gradient, Instruction, Linearize, MixedProduct, Solve, Update
+from mlopt.runtime.derivatives import DerivativeGraphs
+
+
+@dataclasses.dataclass
+class CompileReport:
+    """What compilation did.
+
+    Attributes:
+        backend: Name of the backend.
+        layouts: Flat layouts of all problems.
+        seconds: Wall time per stage.
+        graphs: Problem -> list of (graph name -> number of calls in it), one entry per capture.
+        residuals: Problem -> how many values the primal half hands to the tangent halves.
+        fallbacks: Problem -> why it runs by plain autograd.
+    """
+
+    backend: str
+    layouts: Mapping[str, FlatLayout]
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"capture": 0.0, "differentiate and lower": 0.0, "verify": 0.0}
+    )
+    graphs: dict[str, list[dict[str, int]]] = dataclasses.field(default_factory=dict)
+    residuals: dict[str, int] = dataclasses.field(default_factory=dict)
+    fallbacks: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, graphs: DerivativeGraphs) -> None:
+        """Record the graphs of one capture of a problem."""
+        calls = {key: _num_calls(module) for key, module in graphs.modules().items()}
+        self.graphs.setdefault(name, []).append(calls)
+        if graphs.linearization is not None:
+            self.residuals[name] = graphs.linearization.num_residuals
+
+
+def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
+    """Describe a compiled program as text."""
+    native = "native" if ops.available() else "reference (extension not built)"
+    num_edges = graph.nx.number_of_edges()
+    lines = [
+        f"mlopt plan: {_count(len(program.problems), 'problem')}, {_count(num_edges, 'edge')}; "
+        f"graphs run by the {report.backend} backend, solver vectors by the {native} ops",
+        "",
+        "problems",
+        *_table(_problem_rows(graph, program, report)),
+        "",
+        "edges (a loss reads another problem's parameters)",
+        *(_table(_edge_rows(graph)) or ["  none"]),
+        "",
+    ]
+    for p in program.problems:
+        lines.append(f"one step of {p.name}")
+        rows = [(f"{i}.", str(instruction), _cost(instruction)) for i, instruction in enumerate(p.instructions, 1)]
+        lines += [*_table(rows), ""]
+    lines.append("captured graphs (number of calls)")
+    rows = []
+    for name, captures in report.graphs.items():
+        for i, calls in enumerate(captures):
+            label = name if i == 0 else f"{name} (capture {i + 1})"
+            rows.append((label, ", ".join(f"{key} {count}" for key, count in calls.items()), _residuals(report, name)))
+    lines += _table(rows)
+    for name, reason in report.fallbacks.items():
+        lines.append(f"  {name} runs by plain autograd: {reason}")
+    lines.append("compile time: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()))
+    return "\n".join(lines)
+
+
+def _problem_rows(graph: Graph, program: ExecutionPlan, report: CompileReport) -> list[tuple[str, ...]]:
+    rows = []
+    for p in reversed(program.problems):
+        problem = graph.problems[p.name]
+        rows.append(
+            (
+                f"level {p.level}",
+                p.name,
+                f"{report.layouts[p.name].size:,} parameters",
+                type(problem.optimizer).__name__,
+                schedule_text(graph, program, p.name),
+            )
+        )
+    return rows
+
+
+def schedule_text(graph: Graph, program: ExecutionPlan, name: str) -> str:
+    """Say in words when a problem steps."""
+    lowers = program[name].lowers
+    if not lowers:
+        return "steps every time"
+    parts = [f"{graph.problems[lower].unroll_steps} of {lower}" for lower in lowers]
+    warmups = [f"{graph.problems[lower].warmup_steps} of {lower}" for lower in lowers if graph.problems[lower].warmup_steps]
+    waiting = f", the first time after a warm-up of {', '.join(warmups)}" if warmups else ""
+    return f"steps after {', '.join(parts)}{waiting}"
+
+
+def _edge_rows(graph: Graph) -> list[tuple[str, ...]]:
+    rows = []
+    for source, reader, data in graph.nx.edges(data=True):
+        count = _count(len(data["parameters"]), "tensor")
+        rows.append((f"{source} -> {reader}", data["kind"], f"the loss of {reader} reads {count} of {source}"))
+    return rows
+
+
+def _cost(instruction: Instruction) -> str:
+    if isinstance(instruction, Gradient):
+        return "1 forward, 1 backward"
+    if isinstance(instruction, Linearize):
+        return "1 forward, 1 backward"
+    if isinstance(instruction, Solve):
+        most = instruction.estimator.max_hvps
+        return f"at most {_count(most, 'Hessian product')}" if most else "no Hessian product"
+    if isinstance(instruction, MixedProduct):
+        return "1 tangent pass" if instruction.step is None else "2 forward, 2 backward"
+    assert isinstance(instruction, Update)
+    return ""
+
+
+def _residuals(report: CompileReport, name: str) -> str:
+    return f"{_count(report.residuals[name], 'residual')} kept between primal and tangent" if name in report.residuals else ""
+
+
+def _num_calls(module: fx.GraphModule) -> int:
+    return sum(n.op == "call_function" for n in module.graph.nodes)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _table(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = list(rows)
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]

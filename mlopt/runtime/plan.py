@@ -1,0 +1,116 @@
+"""`Plan`: a compiled multilevel program."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from mlopt.drawing import write_svg
+from mlopt.graph import Graph
+from mlopt.planner import ExecutionPlan
+from mlopt.problem import Problem
+from mlopt.runtime.execute import Executor
+from mlopt.runtime.explain import CompileReport, explain
+
+StepResult = dict[str, dict[str, Any]]
+
+
+class Plan:
+    """A compiled program; made by `mlopt.compile`.
+
+    The user's objects stay theirs: a plan reads the live parameters, steps the live optimizers, and keeps nothing
+    else than counters, the last batches and the solvers' warm starts.
+
+    Attributes:
+        graph: The problem graph.
+        program: The planned instructions.
+        num_steps: Global steps made.
+    """
+
+    def __init__(self, graph: Graph, program: ExecutionPlan, executor: Executor, report: CompileReport) -> None:
+        self.graph = graph
+        self.program = program
+        self.num_steps = 0
+        self._executor = executor
+        self._report = report
+
+    def step(self) -> StepResult:
+        """Make one global step: every lowest problem steps once, then each problem whose turn it is, upwards.
+
+        Returns:
+            For each problem that stepped, a dict with its ``"loss"`` (0-d tensor, taken before the update) and its
+            metrics, as `training_step` named them.
+
+        Raises:
+            DataError: A problem's data ran out or changed its structure beyond what can be read.
+            CaptureError: A batch of a new shape or structure made a new capture necessary, and that failed.
+        """
+        results: StepResult = {}
+        for name in self.graph.problems:
+            if self._executor.is_due(name):
+                results[name] = self._executor.step(name)
+        self.num_steps += 1
+        return results
+
+    def run(self, num_steps: int) -> StepResult:
+        """Make several global steps.
+
+        Args:
+            num_steps: How many, at least 0.
+
+        Returns:
+            The latest result of every problem that stepped.
+        """
+        latest: StepResult = {}
+        for _ in range(num_steps):
+            latest.update(self.step())
+        return latest
+
+    def hypergradient(self, problem: str | Problem, *, batch: Any = None) -> dict[str, torch.Tensor]:
+        """Return the total gradient of a problem's loss at the present state; nothing is stepped or moved.
+
+        ``dF/dlambda = direct - sum over lower problems of (d2g/dlambda dtheta)^T q`` with ``H q = v``, by each lower
+        problem's estimator. Lower problems are differentiated at their present parameters, on the batch and with the
+        random numbers of their last step (of the step they would make next, if they have made none). Calling it twice
+        gives the same tensors.
+
+        Args:
+            problem: The problem or its name.
+            batch: The batch for this problem's own loss; default: the one its next step will use.
+
+        Returns:
+            Parameter name (as in ``module.named_parameters()``) -> gradient of the parameter's shape and dtype;
+            zeros for a parameter that no loss uses.
+
+        Raises:
+            KeyError: Unknown problem.
+        """
+        name = problem.name if isinstance(problem, Problem) else problem
+        if name not in self.graph.problems:
+            raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
+        executor = self._executor
+        flattened = None if batch is None else executor.states[name].stream.flatten(batch)
+        gradients = executor.hypergradient(name, flattened)
+        parameters = self.graph.problems[name].trained_parameters()
+        return {
+            key: torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
+            for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        }
+
+    def explain(self) -> str:
+        """Describe the program: problems, edges, what a step of each problem runs, what it costs, what was compiled."""
+        return explain(self.graph, self.program, self._report)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Write the problem graph, with estimators and costs, as an SVG picture.
+
+        Args:
+            path: Where to write; by convention it ends in ``.svg``.
+        """
+        write_svg(path, self.graph, self.program)
+
+    def __repr__(self) -> str:
+        """Name the problems and the steps made."""
+        return f"Plan({', '.join(self.graph.problems)}; {self.num_steps} steps made)"

@@ -1,0 +1,155 @@
+"""The derivatives of a loss by plain autograd on the user's own code.
+
+Slow and simple on purpose: nothing here goes through capture, tracing or a backend, so it is an independent check of
+them, and the fallback where they are wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mlopt.autodiff import FlatLayout
+from mlopt.capture.export import check_loss, split_result
+from mlopt.planner import ProductNeeds
+from mlopt.problem import Problem
+from mlopt.runtime.data import Batch
+from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, GradientResult
+
+
+class AutogradDerivatives(AbstractDerivatives):
+    """Derivatives by `torch.autograd` on the live `training_step`.
+
+    Args:
+        problem: The problem.
+        problems: All problems of the graph by name.
+        layouts: Flat layouts of all problems by name.
+        needs: The derivatives that the program uses.
+    """
+
+    is_random = True  # unknown, so the generators are always frozen
+
+    def __init__(
+        self,
+        problem: Problem,
+        problems: Mapping[str, Problem],
+        layouts: Mapping[str, FlatLayout],
+        needs: ProductNeeds,
+    ) -> None:
+        self._problem = problem
+        self._problems = problems
+        self._layouts = layouts
+        self._needs = needs
+
+    def accepts(self, batch: Batch) -> bool:
+        """Any batch will do: the code runs anew."""
+        return True
+
+    def gradient(self, batch: Batch) -> GradientResult:
+        """Run `training_step` and differentiate it once."""
+        with self._buffers() as buffers:
+            loss, metrics = self._loss(batch)
+            own = list(self._problem.trained_parameters().values())
+            reads = {name: self._parameters(name) for name in self._needs.cotangents}
+            gradients = iter(
+                torch.autograd.grad(loss, [*own, *(p for group in reads.values() for p in group)], allow_unused=True)
+            )
+            own_gradients = [next(gradients) for _ in own]
+            cotangents = {
+                name: self._layouts[name].flatten([next(gradients) for _ in group]) for name, group in reads.items()
+            }
+            moved = [(live, live.clone()) for live, before in buffers if not torch.equal(live, before)]
+        detached = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        return GradientResult(loss.detach().reshape(()), detached, own_gradients, cotangents, moved)
+
+    def linearize(self, batch: Batch) -> AbstractLinearization:
+        """Run `training_step` and keep its gradient differentiable."""
+        with self._buffers():
+            loss, _ = self._loss(batch)
+            own = list(self._problem.trained_parameters().values())
+            gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+        targets = {name: self._parameters(name) for name in self._needs.mixed}
+        return _AutogradLinearization(own, gradients, self._layouts, self._problem.name, targets)
+
+    def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Set the own parameters, differentiate by what is read, put the parameters back."""
+        parameters = list(self._problem.trained_parameters().values())
+        before = [p.detach().clone() for p in parameters]
+        _assign(parameters, self._layouts[self._problem.name].split(own))
+        try:
+            with self._buffers():
+                loss, _ = self._loss(batch)
+                groups = {name: self._parameters(name) for name in self._needs.read_gradients}
+                gradients = iter(
+                    torch.autograd.grad(loss, [p for group in groups.values() for p in group], allow_unused=True)
+                )
+                return {
+                    name: self._layouts[name].flatten([next(gradients) for _ in group])
+                    for name, group in groups.items()
+                }
+        finally:
+            _assign(parameters, before)
+
+    def _parameters(self, name: str) -> list[torch.Tensor]:
+        return list(self._problems[name].trained_parameters().values())
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, Mapping[str, object]]:
+        tensors = [t.clone() for t in batch.tensors]  # a training_step may write to its batch
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            loss, metrics = split_result(
+                self._problem.name, self._problem.training_step(batch.spec.unflatten(tensors))
+            )
+            check_loss(self._problem.name, loss)
+        return loss, metrics
+
+    @contextlib.contextmanager
+    def _buffers(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Put every module buffer back afterwards: only real steps move them."""
+        saved = [(b, b.detach().clone()) for p in self._problems.values() for b in p.module.buffers()]
+        try:
+            yield saved
+        finally:
+            with torch.no_grad():
+                for live, before in saved:
+                    live.copy_(before)
+
+
+class _AutogradLinearization(AbstractLinearization):
+    def __init__(
+        self,
+        own: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        layouts: Mapping[str, FlatLayout],
+        problem: str,
+        targets: Mapping[str, Sequence[torch.Tensor]],
+    ) -> None:
+        self._own, self._gradients = own, gradients
+        self._layouts, self._problem, self._targets = layouts, problem, targets
+
+    def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        return self._product(vector, {self._problem: self._own})[self._problem]
+
+    def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self._product(vector, self._targets)
+
+    def _product(self, vector: torch.Tensor, groups: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        parts = self._layouts[self._problem].split(vector)
+        curved = [(g, v) for g, v in zip(self._gradients, parts, strict=True) if g is not None and g.requires_grad]
+        wanted = [t for group in groups.values() for t in group]
+        products = iter(
+            torch.autograd.grad(
+                [g for g, _ in curved], wanted, [v for _, v in curved], allow_unused=True, retain_graph=True
+            )
+            if curved
+            else [None] * len(wanted)
+        )
+        return {name: self._layouts[name].flatten([next(products) for _ in group]) for name, group in groups.items()}
+
+
+def _assign(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
