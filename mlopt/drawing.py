@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _FONT = "Helvetica, Arial, sans-serif"
 _LINE = 18  # height of a text line
 _WIDTH_OF_CHARACTER = 6.7  # at 12 px, a little more than the mean of the fonts above
-_GAP_X, _GAP_Y, _MARGIN = 90, 120, 30
+_GAP_X, _GAP_Y, _MARGIN = 150, 120, 30
 _SOLID, _DASHED = "#1f5fa8", "#b3541e"
 
 
@@ -61,11 +61,12 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None) -> str:
     labels: list[str] = []
     right = max(b.x + b.width / 2 for b in boxes.values())
     left = min(b.x - b.width / 2 for b in boxes.values())
+    legend_width = 470.0
     ports = _ports(edges, boxes)
     for source, reader, data in edges:
         dashed = data["kind"] == "upper_to_lower"
         points = _route(boxes[source], boxes[reader], *ports[source, reader])
-        curve, at = _bezier(points, 0.6 if dashed else 0.4)
+        curve, at = _bezier(points, 0.55 if dashed else 0.45)
         color = _DASHED if dashed else _SOLID
         style = ' stroke-dasharray="6 4"' if dashed else ""
         marker = "up" if dashed else "low"
@@ -73,16 +74,19 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None) -> str:
             f'<path d="{curve}" fill="none" stroke="{color}" stroke-width="1.6"{style} marker-end="url(#{marker})"/>'
         )
         text = _edge_lines(source, reader, data, program)
-        labels.append(_label(at, text, color))
-        half = max(map(_text_width, text)) / 2 + 8
-        left, right = min(left, at[0] - half), max(right, at[0] + half)
+        width = max(map(_text_width, text)) + 10
+        # Beside its edge, outward: left of solid edges, right of dashed ones, so that a pair keeps clear of each other.
+        centre = at[0] + (1 if dashed else -1) * (width / 2 + 5)
+        labels.append(_label((centre, at[1]), text, width, color))
+        left, right = min(left, centre - width / 2), max(right, centre + width / 2)
     for box in boxes.values():
         body.append(_draw_box(box))
     bottom = max(b.y + b.height for b in boxes.values())
     legend_y = bottom + 34
-    x0, x1 = left - _MARGIN, max(right, left + 470) + _MARGIN
+    middle = (left + right) / 2
+    x0, x1 = min(left, middle - legend_width / 2) - _MARGIN, max(right, middle + legend_width / 2) + _MARGIN
     body += labels
-    body.append(_legend(left, legend_y))
+    body.append(_legend(middle - legend_width / 2, legend_y))
     height = legend_y + 24
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{x0:.0f} 0 {x1 - x0:.0f} {height:.0f}" '
@@ -188,8 +192,7 @@ def _draw_box(box: _Box) -> str:
     )
 
 
-def _label(at: tuple[float, float], lines: list[str], color: str) -> str:
-    width = max(map(_text_width, lines)) + 10
+def _label(at: tuple[float, float], lines: list[str], width: float, color: str) -> str:
     height = 15 * len(lines) + 4
     x, y = at
     parts = [

@@ -56,13 +56,15 @@ def capture_loss(
         CaptureError: `training_step` cannot be captured; names the user's source line.
         UnknownNameError: `training_step` used an unknown problem name.
     """
-    wrapper = _LossModule(problem, problems, spec)
-    shapes = [{0: Dim.AUTO} if t.ndim > 0 and t.shape[0] > 1 else None for t in tensors]
+    wrapper = _LossModule(problem, problems, spec, len(tensors))
+    # torch.export fails on a module without inputs; a batch without tensors gets one that nothing reads.
+    handed = list(tensors) or [torch.zeros(1)]
+    shapes = [{0: Dim.AUTO} if t.ndim > 0 and t.shape[0] > 1 else None for t in handed]
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             warnings.simplefilter("ignore")
             exported = torch.export.export(
-                wrapper, tuple(tensors), dynamic_shapes={"tensors": tuple(shapes)}, strict=False
+                wrapper, (tuple(handed),), dynamic_shapes=(tuple(shapes),), strict=False
             )
     except MloptError:
         raise
@@ -70,7 +72,7 @@ def capture_loss(
         if wrapper.seen.error is not None:  # a mistake found inside training_step, which export may have wrapped
             raise wrapper.seen.error from None
         raise _capture_error(problem, error) from error
-    return _to_record(exported, wrapper, problem, problems, spec)
+    return _to_record(exported, wrapper, problem, problems, spec, num_tensors=len(tensors))
 
 
 class _Seen:
@@ -89,19 +91,21 @@ class _Seen:
 class _LossModule(nn.Module):
     """Registers every problem's module and runs one problem's `training_step` on flat batch tensors."""
 
-    def __init__(self, problem: Problem, problems: Sequence[Problem], spec: BatchSpec) -> None:
+    def __init__(self, problem: Problem, problems: Sequence[Problem], spec: BatchSpec, num_tensors: int) -> None:
         super().__init__()
         for p in problems:
             self.add_module(p.name, p.module)
         object.__setattr__(self, "_problem", problem)
         self._spec = spec
+        self._num_tensors = num_tensors
         self.seen = _Seen()
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+    def forward(self, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
         problem: Problem = self._problem  # type: ignore[assignment]
         seen = self.seen
         try:
-            loss, metrics = split_result(problem.name, problem.training_step(self._spec.unflatten(tensors)))
+            batch = self._spec.unflatten(tensors[: self._num_tensors])
+            loss, metrics = split_result(problem.name, problem.training_step(batch))
             check_loss(problem.name, loss)
         except MloptError as error:
             seen.error = error
@@ -192,16 +196,22 @@ def _to_record(
     problem: Problem,
     problems: Sequence[Problem],
     spec: BatchSpec,
+    num_tensors: int,
 ) -> LossGraph:
     module = fx.GraphModule(exported.graph_module, exported.graph)
     inline_grad_mode_regions(module, problem.name)
     decompose_batch_norm(module, problem.name)
     number_positions = return_items_as_tensors(module)
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    input_specs = list(exported.graph_signature.input_specs)
+    if num_tensors == 0:
+        module.graph.erase_node(placeholders.pop())
+        module.recompile()
+        input_specs.pop()
     trained = {id(t): (p.name, name) for p in problems for name, t in p.trained_parameters().items()}
     inputs: list[GraphInput] = []
     dynamic: list[frozenset[int]] = []
-    for node, input_spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+    for node, input_spec in zip(placeholders, input_specs, strict=True):
         inputs.append(_classify(input_spec, exported, wrapper, problem, trained, len(inputs)))
         value = node.meta["val"]
         free = isinstance(value, torch.Tensor) and inputs[-1].role is InputRole.BATCH

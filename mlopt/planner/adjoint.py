@@ -20,6 +20,7 @@ Conventions:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 import networkx as nx
@@ -86,7 +87,7 @@ class _AdjointPlanner:
         self.instructions.append(Gradient(self.upper, cotangents))
         self._walk(self.relevant, slots, {self.upper: HYPERGRADIENT})
         self.instructions.append(Update(self.upper))
-        return tuple(self.instructions)
+        return _without_unused(self.instructions)
 
     def new_slot(self, kind: str, name: str) -> str:
         key = f"{kind}[{name}]"
@@ -128,3 +129,33 @@ class _AdjointPlanner:
         self.instructions.append(MixedProduct(name, out, targets, estimator.mixed_step))
         self.filled.update(s for _, s in targets)
         return [r for r, _ in targets]
+
+
+def _without_unused(instructions: list[Instruction]) -> tuple[Instruction, ...]:
+    """Drop what does not end in the hypergradient: a cotangent may arrive where nothing leads on to the upper problem."""
+    used = {HYPERGRADIENT}
+    linearized: set[str] = set()
+    kept: list[Instruction] = []
+    for instruction in reversed(instructions):
+        if isinstance(instruction, MixedProduct):
+            targets = tuple((r, slot) for r, slot in instruction.targets if slot in used)
+            if not targets:
+                continue
+            used.add(instruction.vector)
+            if instruction.step is None:
+                linearized.add(instruction.problem)
+            instruction = dataclasses.replace(instruction, targets=targets)
+        elif isinstance(instruction, Solve):
+            if instruction.out not in used:
+                continue
+            used.add(instruction.rhs)
+            if instruction.estimator.uses_hvp:
+                linearized.add(instruction.problem)
+        elif isinstance(instruction, Linearize):
+            if instruction.problem not in linearized:
+                continue
+        elif isinstance(instruction, Gradient):
+            cotangents = tuple((r, slot) for r, slot in instruction.cotangents if slot in used)
+            instruction = dataclasses.replace(instruction, cotangents=cotangents)
+        kept.append(instruction)
+    return tuple(reversed(kept))

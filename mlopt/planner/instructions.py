@@ -9,6 +9,9 @@ import dataclasses
 
 from mlopt.hypergradient import AbstractEstimator
 
+# Slot of the hypergradient that a problem's instructions accumulate.
+HYPERGRADIENT = "hypergradient"
+
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
@@ -26,7 +29,7 @@ class Gradient:
     def __str__(self) -> str:
         """One line."""
         extra = "".join(f", {slot} = dL/d{name}" for name, slot in self.cotangents)
-        return f"gradient   {self.problem}: loss L, dL/d{self.problem}{extra}"
+        return f"gradient   loss L of {self.problem}, {HYPERGRADIENT if extra else 'gradient'} = dL/d{self.problem}{extra}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Linearize:
 
     def __str__(self) -> str:
         """One line."""
-        return f"linearize  {self.problem}: forward and backward of its loss g, kept for all products below"
+        return f"linearize  loss g of {self.problem}, kept for every product below"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Solve:
 
     def __str__(self) -> str:
         """One line."""
-        return f"solve      {self.problem}: {self.out} from H {self.out} = {self.rhs} by {self.estimator!r}"
+        return f"solve      H {self.out} = {self.rhs} by {self.estimator!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,9 @@ class MixedProduct:
 
     def __str__(self) -> str:
         """One line."""
-        how = "exact" if self.step is None else f"central difference, step {self.step:g}"
+        how = "" if self.step is None else f" by a central difference of step {self.step:g}"
         parts = ", ".join(f"{slot} -= (d2g/d{name} d{self.problem})^T {self.vector}" for name, slot in self.targets)
-        return f"mixed      {self.problem}: {parts} ({how})"
+        return f"mixed      {parts}{how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +88,7 @@ class Update:
 
     def __str__(self) -> str:
         """One line."""
-        return f"update     {self.problem}: its optimizer steps"
+        return f"update     the optimizer of {self.problem} steps"
 
 
 Instruction = Gradient | Linearize | Solve | MixedProduct | Update
-
-# Slot of the hypergradient that a problem's instructions accumulate.
-HYPERGRADIENT = "hypergradient"

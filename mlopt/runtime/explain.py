@@ -61,8 +61,10 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
     ]
     for p in program.problems:
         lines.append(f"one step of {p.name}")
-        rows = [(f"{i}.", str(instruction), _cost(instruction)) for i, instruction in enumerate(p.instructions, 1)]
-        lines += [*_table(rows), ""]
+        for i, instruction in enumerate(p.instructions, 1):
+            cost = _cost(instruction)
+            lines.append(f"  {i}. {instruction}{f'   [{cost}]' if cost else ''}")
+        lines.append("")
     lines.append("captured graphs (number of calls)")
     rows = []
     for name, captures in report.graphs.items():

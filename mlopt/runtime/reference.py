@@ -61,7 +61,7 @@ class AutogradDerivatives(AbstractDerivatives):
             cotangents = {
                 name: self._layouts[name].flatten([next(gradients) for _ in group]) for name, group in reads.items()
             }
-            moved = [(live, live.clone()) for live, before in buffers if not torch.equal(live, before)]
+            moved = [(live, copy) for live, copy in buffers if not torch.equal(live, copy)]
         detached = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         return GradientResult(loss.detach().reshape(()), detached, own_gradients, cotangents, moved)
 
@@ -107,14 +107,26 @@ class AutogradDerivatives(AbstractDerivatives):
 
     @contextlib.contextmanager
     def _buffers(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Put every module buffer back afterwards: only real steps move them."""
-        saved = [(b, b.detach().clone()) for p in self._problems.values() for b in p.module.buffers()]
+        """Let the pass write to copies of all module buffers; yields (live buffer, copy) pairs.
+
+        The modules are given other tensors, rather than their values back afterwards: autograd has saved the buffers
+        and refuses to differentiate through ones that were written since.
+        """
+        copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        places = []
+        for problem in self._problems.values():
+            for module in problem.module.modules():
+                for name, live in module._buffers.items():
+                    if live is not None:
+                        copies.setdefault(id(live), (live, live.detach().clone()))
+                        places.append((module, name, live))
+        for module, name, live in places:
+            module._buffers[name] = copies[id(live)][1]
         try:
-            yield saved
+            yield list(copies.values())
         finally:
-            with torch.no_grad():
-                for live, before in saved:
-                    live.copy_(before)
+            for module, name, live in places:
+                module._buffers[name] = live
 
 
 class _AutogradLinearization(AbstractLinearization):
