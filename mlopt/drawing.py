@@ -61,12 +61,19 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None) -> str:
     labels: list[str] = []
     right = max(b.x + b.width / 2 for b in boxes.values())
     left = min(b.x - b.width / 2 for b in boxes.values())
+    sides, num_around = (left, right), {True: 0, False: 0}
     legend_width = 470.0
     ports = _ports(edges, boxes)
     for source, reader, data in edges:
         dashed = data["kind"] == "upper_to_lower"
-        points = _route(boxes[source], boxes[reader], *ports[source, reader])
-        curve, at = _bezier(points, 0.55 if dashed else 0.45)
+        swing = None
+        if abs(boxes[source].level - boxes[reader].level) > 1:
+            # Around all boxes instead of behind those between: solid edges on the left, dashed ones on the right.
+            num_around[dashed] += 1
+            distance = 45 * num_around[dashed]
+            swing = sides[1] + distance if dashed else sides[0] - distance
+        points = _route(boxes[source], boxes[reader], *ports[source, reader], swing)
+        curve, at = _bezier(points, 0.5 if swing is not None else 0.55 if dashed else 0.45)
         color = _DASHED if dashed else _SOLID
         style = ' stroke-dasharray="6 4"' if dashed else ""
         marker = "up" if dashed else "low"
@@ -79,13 +86,12 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None) -> str:
         centre = at[0] + (1 if dashed else -1) * (width / 2 + 5)
         labels.append(_label((centre, at[1]), text, width, color))
         left, right = min(left, centre - width / 2), max(right, centre + width / 2)
-    for box in boxes.values():
-        body.append(_draw_box(box))
     bottom = max(b.y + b.height for b in boxes.values())
     legend_y = bottom + 34
     middle = (left + right) / 2
     x0, x1 = min(left, middle - legend_width / 2) - _MARGIN, max(right, middle + legend_width / 2) + _MARGIN
     body += labels
+    body += [_draw_box(box) for box in boxes.values()]  # last: a crowded label may cover an edge, never a box
     body.append(_legend(middle - legend_width / 2, legend_y))
     height = legend_y + 24
     return (
@@ -147,18 +153,19 @@ def _ports(
     return {edge: (a, b) for edge, (a, b) in found.items()}
 
 
-def _route(source: _Box, reader: _Box, x0: float, x1: float) -> list[tuple[float, float]]:
-    """Return the four control points of an edge, from source to reader."""
+def _route(source: _Box, reader: _Box, x0: float, x1: float, swing: float | None) -> list[tuple[float, float]]:
+    """Return the four control points of an edge, from source to reader; its middle is at x = `swing`, if given."""
     if source.level == reader.level:  # an arc over the row
         lift = min(source.y, reader.y) - _GAP_Y * 0.55
         return [(x0, source.y), (x0, lift), (x1, lift), (x1, reader.y - 2)]
     upward = reader.y < source.y
     y0 = source.y if upward else source.y + source.height
     y1 = reader.y + reader.height + 2 if upward else reader.y - 2
-    # An edge over several levels swings out, so that it does not run behind the boxes between.
-    swing = 170.0 * (abs(source.level - reader.level) - 1) * (1 if upward else -1)
     third = (y1 - y0) / 3
-    return [(x0, y0), (x0 + swing, y0 + third), (x1 + swing, y1 - third), (x1, y1)]
+    if swing is None:
+        return [(x0, y0), (x0, y0 + third), (x1, y1 - third), (x1, y1)]
+    control = (8 * swing - x0 - x1) / 6  # a cubic's middle is (p0 + 3 p1 + 3 p2 + p3) / 8
+    return [(x0, y0), (control, y0 + third), (control, y1 - third), (x1, y1)]
 
 
 def _bezier(points: list[tuple[float, float]], t: float) -> tuple[str, tuple[float, float]]:

@@ -1,0 +1,169 @@
+// Tensors of the family `vector`: checks, dtype dispatch, workspaces, registration. The kernels never see a tensor.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <type_traits>
+
+#include "../common/device.h"
+#include "vector.h"
+
+namespace mlopt {
+namespace {
+
+struct Shape {
+  int64_t rows, n;
+  c10::SmallVector<int64_t, 1> scalars;  // sizes of a per-row scalar: [] or [K]
+};
+
+Shape shape_of(const char* op, const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 1 || x.dim() == 2, op, ": expected vectors [N] or rows [K, N], got ", x.dim(), " dimensions");
+  if (x.dim() == 1) return {1, x.size(0), {}};
+  return {x.size(0), x.size(1), {x.size(0)}};
+}
+
+void check_like(const char* op, const char* name, const at::Tensor& x, const at::Tensor& first) {
+  TORCH_CHECK(x.sizes() == first.sizes(), op, ": expected ", name, " of shape ", first.sizes(), ", got ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == first.scalar_type(), op, ": expected ", name, " of dtype ", first.scalar_type(),
+              ", got ", x.scalar_type());
+  TORCH_CHECK(x.device() == first.device(), op, ": expected ", name, " on ", first.device(), ", got ", x.device());
+}
+
+void check_written(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(x.is_contiguous(), op, ": ", name, " is written and must be contiguous, got strides ", x.strides());
+}
+
+void check_scalars(const char* op, const char* name, const at::Tensor& x, const Shape& shape, const at::Tensor& first) {
+  TORCH_CHECK(x.sizes() == at::IntArrayRef(shape.scalars), op, ": expected ", name, " of shape ",
+              at::IntArrayRef(shape.scalars), ", got ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == first.scalar_type() && x.device() == first.device(), op, ": expected ", name,
+              " like the vectors in dtype and device");
+}
+
+template <typename Body>
+void with_dtype(const char* op, const at::Tensor& x, Body&& body) {
+  if (x.scalar_type() == at::kFloat) return body(float{});
+  if (x.scalar_type() == at::kDouble) return body(double{});
+  TORCH_CHECK(false, op, ": expected float32 or float64, got ", x.scalar_type());
+}
+
+void torch_pool(int64_t size, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+  at::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+// Runs the CPU or the CUDA kernel of one family function on where the tensors are.
+template <typename Params, typename Cpu, typename Cuda>
+void run(const char* op, const at::Tensor& where, const Params& params, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+  if (where.is_cpu()) return cpu(params, torch_pool);
+#ifdef MLOPT_WITH_CUDA
+  const int device = where.device().index();
+  void* stream = nullptr;
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+              op, ": this torch has no CUDA streams");
+  const DeviceGuard guard(device);
+  const char* error = guard.error() != nullptr ? guard.error() : cuda(params, stream);
+  TORCH_CHECK(error == nullptr, op, ": CUDA error: ", error);
+#endif
+}
+
+#ifdef MLOPT_WITH_CUDA
+#define MLOPT_CUDA(function) function
+#else
+#define MLOPT_CUDA(function) nullptr
+#endif
+
+at::Tensor dot_or_norm(const char* op, const at::Tensor& a_, const at::Tensor& b_, bool take_sqrt) {
+  const Shape shape = shape_of(op, a_);
+  check_like(op, "b", b_, a_);
+  const at::Tensor a = a_.contiguous(), b = take_sqrt ? a : b_.contiguous();
+  at::Tensor out = at::empty(shape.scalars, a.options());
+  at::Tensor partials = at::empty({shape.rows * num_blocks(shape.n)}, a.options());
+  with_dtype(op, a, [&](auto zero) {
+    using T = decltype(zero);
+    const DotParams<T> params{a.const_data_ptr<T>(), b.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
+                              partials.mutable_data_ptr<T>(), shape.rows, shape.n, take_sqrt};
+    run(op, a, params, dot_cpu<T>, MLOPT_CUDA(dot_cuda<T>));
+  });
+  return out;
+}
+
+at::Tensor dot(const at::Tensor& a, const at::Tensor& b) { return dot_or_norm("mlopt::dot", a, b, false); }
+
+at::Tensor norm(const at::Tensor& a) { return dot_or_norm("mlopt::norm", a, a, true); }
+
+void cg_step_(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap_, at::Tensor& state) {
+  const char* op = "mlopt::cg_step_";
+  const Shape shape = shape_of(op, x);
+  check_like(op, "r", r, x);
+  check_like(op, "p", p, x);
+  check_like(op, "ap", ap_, x);
+  check_written(op, "x", x);
+  check_written(op, "r", r);
+  check_written(op, "p", p);
+  check_written(op, "state", state);
+  TORCH_CHECK(state.numel() == shape.rows * kNumColumns && state.scalar_type() == x.scalar_type() &&
+                  state.device() == x.device(),
+              op, ": expected state of ", kNumColumns, " columns per row, like the vectors in dtype and device, got ",
+              state.sizes());
+  const at::Tensor ap = ap_.contiguous();
+  at::Tensor partials = at::empty({2, shape.rows * num_blocks(shape.n)}, x.options());
+  with_dtype(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    T* first = partials.mutable_data_ptr<T>();
+    const CgParams<T> params{x.mutable_data_ptr<T>(), r.mutable_data_ptr<T>(), p.mutable_data_ptr<T>(),
+                             ap.const_data_ptr<T>(), state.mutable_data_ptr<T>(), first,
+                             first + shape.rows * num_blocks(shape.n), shape.rows, shape.n};
+    run(op, x, params, cg_step_cpu<T>, MLOPT_CUDA(cg_step_cuda<T>));
+  });
+}
+
+void neumann_step_(at::Tensor& v, at::Tensor& acc, const at::Tensor& av_, double scale) {
+  const char* op = "mlopt::neumann_step_";
+  shape_of(op, v);
+  check_like(op, "acc", acc, v);
+  check_like(op, "av", av_, v);
+  check_written(op, "v", v);
+  check_written(op, "acc", acc);
+  const at::Tensor av = av_.contiguous();
+  with_dtype(op, v, [&](auto zero) {
+    using T = decltype(zero);
+    const NeumannParams<T> params{v.mutable_data_ptr<T>(), acc.mutable_data_ptr<T>(), av.const_data_ptr<T>(),
+                                  static_cast<T>(scale), v.numel()};
+    run(op, v, params, neumann_step_cpu<T>, MLOPT_CUDA(neumann_step_cuda<T>));
+  });
+}
+
+at::Tensor perturb(const at::Tensor& x_, const at::Tensor& direction_, const at::Tensor& step_) {
+  const char* op = "mlopt::perturb";
+  const Shape shape = shape_of(op, x_);
+  check_like(op, "direction", direction_, x_);
+  check_scalars(op, "step", step_, shape, x_);
+  const at::Tensor x = x_.contiguous(), direction = direction_.contiguous(), step = step_.contiguous();
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  with_dtype(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    const PerturbParams<T> params{x.const_data_ptr<T>(), direction.const_data_ptr<T>(), step.const_data_ptr<T>(),
+                                  out.mutable_data_ptr<T>(), shape.rows, shape.n};
+    run(op, x, params, perturb_cpu<T>, MLOPT_CUDA(perturb_cuda<T>));
+  });
+  return out;
+}
+
+void register_kernels(torch::Library& m) {
+  m.impl("dot", TORCH_FN(dot));
+  m.impl("norm", TORCH_FN(norm));
+  m.impl("cg_step_", TORCH_FN(cg_step_));
+  m.impl("neumann_step_", TORCH_FN(neumann_step_));
+  m.impl("perturb", TORCH_FN(perturb));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mlopt, CPU, m) { register_kernels(m); }
+#ifdef MLOPT_WITH_CUDA
+TORCH_LIBRARY_IMPL(mlopt, CUDA, m) { register_kernels(m); }
+#endif
+
+}  // namespace mlopt

@@ -1,0 +1,79 @@
+"""Loads the native extension, once, and says so where it is missing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import Any
+
+import torch
+
+_BUILD = "pip install --no-build-isolation -e . (needs g++; see the README)"
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the native kernels are used.
+
+    Environment: ``MLOPT_DISABLE_EXTENSION=1`` uses the reference instead; ``MLOPT_REQUIRE_EXTENSION=1`` turns a missing
+    extension into an error, so that a test suite never quietly tests the reference only.
+
+    Raises:
+        ImportError: The extension is required and cannot be used.
+    """
+    if os.environ.get("MLOPT_DISABLE_EXTENSION") == "1":
+        return False
+    try:
+        from mlopt import _C  # noqa: F401  # importing it registers the ops
+    except ImportError as error:
+        missing = error.name == "mlopt._C" or "cannot import name '_C'" in str(error)
+        reason = "is not built" if missing else f"does not load ({error})"
+        message = f"the native extension of mlopt {reason}; build it with: {_BUILD}"
+        if os.environ.get("MLOPT_REQUIRE_EXTENSION") == "1":
+            raise ImportError(message) from error
+        warnings.warn(f"{message}. Until then solver vectors use plain torch operations.", stacklevel=2)
+        return False
+    return True
+
+
+def build_config() -> dict[str, Any]:
+    """Describe the build: whether the extension is used, and the torch, compiler and CUDA it was built with.
+
+    Returns:
+        ``{"extension": bool, "torch": str, "compiler": str, "cuda": str | None}``; without the extension the last
+        three are None, and ``"torch"`` is then missing from the build, not from the process.
+    """
+    if not available():
+        return {"extension": False, "torch": None, "compiler": None, "cuda": None}
+    from mlopt import _C
+
+    return {"extension": True, **_C.build_config()}
+
+
+def register_fakes() -> None:
+    """Register shape functions of the native ops for fake tensors and tracing."""
+
+    @torch.library.register_fake("mlopt::dot")
+    def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a.new_empty(a.shape[:-1])
+
+    @torch.library.register_fake("mlopt::norm")
+    def _(a: torch.Tensor) -> torch.Tensor:
+        return a.new_empty(a.shape[:-1])
+
+    @torch.library.register_fake("mlopt::perturb")
+    def _(x: torch.Tensor, direction: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("mlopt::cg_step_")
+    def _(x: torch.Tensor, r: torch.Tensor, p: torch.Tensor, ap: torch.Tensor, state: torch.Tensor) -> None:
+        return None
+
+    @torch.library.register_fake("mlopt::neumann_step_")
+    def _(v: torch.Tensor, acc: torch.Tensor, av: torch.Tensor, scale: float) -> None:
+        return None
+
+
+if available():
+    register_fakes()
