@@ -4,7 +4,7 @@ One shared library: torch-free kernels (compiled by g++, and by nvcc where a CUD
 binding. No torch header reaches nvcc, and the CUDA runtime is linked statically, so the CUDA part builds beside a
 CPU-only torch and imports without a driver.
 
-Environment: MLOPT_CUDA=0 leaves CUDA out, MLOPT_CUDA=1 requires it; by default it is built if nvcc is found. Whether
+Environment: MLOPT_SKIP_EXTENSION=1 installs the Python part only. MLOPT_CUDA=0 leaves CUDA out, MLOPT_CUDA=1 requires it; by default it is built if nvcc is found. Whether
 the machine has a GPU plays no part. MAX_JOBS limits parallel compilation (default 4).
 """
 
@@ -150,4 +150,5 @@ def find_cudart(nvcc: str) -> Path:
     sys.exit("mlopt: nvcc was found but libcudart_static.a was not; install the CUDA runtime or set MLOPT_CUDA=0")
 
 
-setup(ext_modules=[Extension("mlopt._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+skip = os.environ.get("MLOPT_SKIP_EXTENSION") == "1"
+setup(ext_modules=[] if skip else [Extension("mlopt._C", sources=[])], cmdclass={"build_ext": BuildExtension})

@@ -10,7 +10,9 @@ Conventions:
 
 - H at a problem is the partial Hessian of that problem's own loss (as in the paper above), also where the problem is
   itself an upper one.
-- Only problems whose optimum can depend on U are visited; the parameters of all others are constants.
+- A problem is below U if U's loss reads it, or the loss of one below U reads it, along lower_to_upper edges. Only
+  problems below U whose optimum can depend on U are visited; the parameters of all others are constants. So two upper
+  problems that share a lower one, and do not read each other, each take the other's parameters as given.
 - Where two problems read each other (a problem B and one above it, W, whose loss reads B's optimum), there is no
   topological order. Let W's condition be ``dg_W/dw (w, b*(w), u) = 0``. The upper loss depends on w also through b*(w),
   so B is visited first and sends to w; W is solved next; its condition depends on u also through b*, so B is visited
@@ -65,16 +67,15 @@ class _AdjointPlanner:
         self.upper = upper
         self.rank = {name: i for i, name in enumerate(order)}
         self.estimators = estimators
-        below = order[: self.rank[upper]]
-        self.reads = {name: [r for r in order if r in reads[name] and r != name] for name in [*below, upper]}
-        everyone = nx.DiGraph((a, b) for a in self.reads for b in self.reads[a])
-        everyone.add_nodes_from(self.reads)
-        dependent = nx.ancestors(everyone, upper)  # problems from which the upper parameters can be reached
-        self.relevant = [name for name in below if name in dependent]
-        self.graph = nx.DiGraph(
-            (a, b) for a in self.relevant for b in self.reads[a] if b in self.relevant
-        )
-        self.graph.add_nodes_from(self.relevant)
+        down = nx.DiGraph((a, b) for a in order for b in reads[a] if self.rank[b] < self.rank[a])
+        down.add_nodes_from(order)
+        below = nx.descendants(down, upper)
+        self.reads = {n: [r for r in order if r in reads[n]] for n in order if n in below or n == upper}
+        within = nx.DiGraph((a, b) for a in self.reads for b in self.reads[a] if b in self.reads)
+        within.add_nodes_from(self.reads)
+        dependent = nx.ancestors(within, upper)  # problems from which the upper parameters can be reached
+        self.relevant = [n for n in self.reads if n in dependent]
+        self.graph = within.subgraph(self.relevant)
         self.instructions: list[Instruction] = []
         self.linearized: set[str] = set()
         self.filled: set[str] = set()

@@ -1,0 +1,172 @@
+"""Hypergradients of quadratic programs against their closed forms, float64."""
+
+import pytest
+import torch
+
+import mlopt
+from tests.helpers.quadratics import program
+
+
+def bilevel(estimator, **options):
+    lower, upper = program({"lower": ["upper"], "upper": ["lower"]}, **options)
+    lower.hypergradient = estimator
+    plan = mlopt.compile(mlopt.Graph([lower, upper]), strict=True, progress=False)
+    return plan, lower, upper
+
+
+def pieces(lower, upper):
+    """Return v, the direct gradient, H and the mixed derivative d2g/dlambda dtheta as a matrix [lambda, theta]."""
+    theta, lam = lower.module().detach(), upper.module().detach()
+    v = upper.B["lower"].T @ lam + upper.slope["lower"] + theta
+    direct = upper.A @ lam + upper.shift + upper.B["lower"] @ theta
+    return v, direct, lower.A, lower.B["upper"].T
+
+
+def error(plan, expected):
+    got = plan.hypergradient("upper")["w"]
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def test_cg():
+    plan, lower, upper = bilevel(mlopt.CG(max_steps=20, rtol=1e-12))
+    v, direct, H, mixed = pieces(lower, upper)
+    assert error(plan, direct - mixed @ torch.linalg.solve(H, v)) < 1e-8
+
+
+def test_cg_with_damping():
+    plan, lower, upper = bilevel(mlopt.CG(max_steps=20, rtol=1e-12, damping=0.7))
+    v, direct, H, mixed = pieces(lower, upper)
+    q = torch.linalg.solve(H + 0.7 * torch.eye(len(H), dtype=H.dtype), v)
+    assert error(plan, direct - mixed @ q) < 1e-8
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 5, 20])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_neumann_sums_exactly_k_terms(num_terms, scale):
+    plan, lower, upper = bilevel(mlopt.Neumann(num_terms=num_terms, scale=scale))
+    v, direct, H, mixed = pieces(lower, upper)
+    step = torch.eye(len(H), dtype=H.dtype) - scale * H
+    q = scale * sum(torch.linalg.matrix_power(step, k) @ v for k in range(num_terms))
+    assert error(plan, direct - mixed @ q) < 1e-10
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_finite_difference_exact(scale):
+    plan, lower, upper = bilevel(mlopt.FiniteDifference(scale=scale))
+    v, direct, _, mixed = pieces(lower, upper)
+    assert error(plan, direct - mixed @ (scale * v)) < 1e-10
+
+
+def test_finite_difference_inexact():
+    plan, lower, upper = bilevel(mlopt.FiniteDifference(step=0.01, exact=False))
+    v, direct, _, mixed = pieces(lower, upper)
+    assert error(plan, direct - mixed @ v) < 1e-9  # the central difference of a bilinear form has no truncation error
+
+
+def test_warm_start_reaches_the_same_solution():
+    plan, lower, upper = bilevel(mlopt.CG(max_steps=20, rtol=1e-12, warm_start=True))
+    plan.run(3)
+    v, direct, H, mixed = pieces(lower, upper)
+    assert error(plan, direct - mixed @ torch.linalg.solve(H, v)) < 1e-8
+
+
+def test_matches_the_derivative_of_the_true_best_response():
+    """At the lower optimum the hypergradient is the derivative of ``f(theta*(lambda), lambda)``."""
+    plan, lower, upper = bilevel(mlopt.CG(max_steps=50, rtol=1e-13))
+
+    def best_response(lam):
+        return -torch.linalg.solve(lower.A, lower.shift + lower.B["upper"] @ lam + 0 * lam)
+
+    def outer(lam):
+        theta = best_response(lam)
+        return (
+            0.5 * lam @ upper.A @ lam
+            + upper.shift @ lam
+            + lam @ upper.B["lower"] @ theta
+            + upper.slope["lower"] @ theta
+            + 0.5 * theta @ theta
+        )
+
+    lam = upper.module().detach()
+    with torch.no_grad():
+        lower.module.w.copy_(best_response(lam))
+    assert error(plan, torch.func.grad(outer)(lam)) < 1e-8
+
+
+def compiled(spec):
+    problems = program(spec)
+    for problem in problems:
+        problem.hypergradient = mlopt.CG(max_steps=50, rtol=1e-13)
+    plan = mlopt.compile(mlopt.Graph(problems), strict=True, progress=False)
+    return plan, {p.name: p for p in problems}
+
+
+def gradient(problems, loss, wrt):
+    """d loss / d wrt by autograd on the user's own code."""
+    return torch.autograd.grad(problems[loss].training_step(None), problems[wrt].module.w)[0]
+
+
+def response(problems, name, cotangent, onto):
+    """``-(d2g/d onto d name)^T H^-1 cotangent`` with explicit matrices."""
+    p = problems[name]
+    return -p.B[onto].T @ torch.linalg.solve(p.A, cotangent)
+
+
+def test_three_level_chain():
+    """c reads b, b reads a, a reads c."""
+    plan, ps = compiled({"a": ["c"], "b": ["a"], "c": ["b"]})
+    v_b = gradient(ps, "c", "b")
+    v_a = response(ps, "b", v_b, "a")
+    expected = gradient(ps, "c", "c") + response(ps, "a", v_a, "c")
+    torch.testing.assert_close(plan.hypergradient("c")["w"], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_diamond_sums_both_branches():
+    plan, ps = compiled({"a": ["u"], "b": ["a", "u"], "c": ["a"], "u": ["b", "c"]})
+    v_b, v_c = gradient(ps, "u", "b"), gradient(ps, "u", "c")
+    v_a = response(ps, "b", v_b, "a") + response(ps, "c", v_c, "a")
+    expected = gradient(ps, "u", "u") + response(ps, "b", v_b, "u") + response(ps, "a", v_a, "u")
+    torch.testing.assert_close(plan.hypergradient("u")["w"], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_two_uppers_on_one_lower():
+    plan, ps = compiled({"a": ["u1", "u2"], "u1": ["a"], "u2": ["a"]})
+    for u in ("u1", "u2"):
+        expected = gradient(ps, u, u) + response(ps, "a", gradient(ps, u, "a"), u)
+        torch.testing.assert_close(plan.hypergradient(u)["w"], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_nested_three_level():
+    """b reads w; w reads b and u; u reads w and b: the middle problem is itself an upper one.
+
+    The middle problem's H is its partial Hessian, and b's optimum depends on u through w only.
+    """
+    plan, ps = compiled({"b": ["w"], "w": ["b", "u"], "u": ["w", "b"]})
+    middle = gradient(ps, "w", "w") + response(ps, "b", gradient(ps, "w", "b"), "w")
+    torch.testing.assert_close(plan.hypergradient("w")["w"], middle, rtol=1e-9, atol=1e-10)
+    v_w = gradient(ps, "u", "w") + response(ps, "b", gradient(ps, "u", "b"), "w")
+    expected = gradient(ps, "u", "u") + response(ps, "w", v_w, "u")
+    torch.testing.assert_close(plan.hypergradient("u")["w"], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_nested_three_level_with_the_top_read_at_the_bottom():
+    """As above, and b reads u: the middle problem's condition depends on u through b's optimum as well."""
+    plan, ps = compiled({"b": ["w", "u"], "w": ["b", "u"], "u": ["w", "b"]})
+    v_b = gradient(ps, "u", "b")
+    v_w = gradient(ps, "u", "w") + response(ps, "b", v_b, "w")
+    v_b_for_w = response(ps, "w", v_w, "b")
+    expected = (
+        gradient(ps, "u", "u")
+        + response(ps, "b", v_b, "u")
+        + response(ps, "w", v_w, "u")
+        + response(ps, "b", v_b_for_w, "u")
+    )
+    torch.testing.assert_close(plan.hypergradient("u")["w"], expected, rtol=1e-9, atol=1e-10)
+
+
+def test_problem_that_cannot_depend_on_the_upper_is_a_constant():
+    """u reads b, and nobody below reads u through b: only the direct gradient is left."""
+    plan, ps = compiled({"b": [], "a": ["u"], "u": ["a", "b"]})
+    expected = gradient(ps, "u", "u") + response(ps, "a", gradient(ps, "u", "a"), "u")
+    torch.testing.assert_close(plan.hypergradient("u")["w"], expected, rtol=1e-9, atol=1e-10)
+    assert "[b]" not in str(plan.program)
