@@ -80,7 +80,7 @@ def gradient_graph(
         ]
         return [
             result[0].detach(),
-            *(m.detach() for m in result[1:]),
+            *(m.detach() if isinstance(m, torch.Tensor) else m for m in result[1:]),
             *own_gradients,
             *flat,
             *(values[i] for i in buffers),

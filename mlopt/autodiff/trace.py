@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlopt.capture.guard import ShapeGuard
 
-Outputs = list[torch.Tensor | None]
+Outputs = list[torch.Tensor | torch.SymInt | torch.SymFloat | None]
 
 # These move running statistics without saying so in their schema; capture decomposes batch_norm before they appear.
 _UNDECLARED_WRITES = {
@@ -66,9 +66,37 @@ def trace(
         with torch.no_grad():
             functional = torch.func.functionalize(recorded, remove="mutations")
             module = make_fx(functional)(*examples)
+    keep_random_layout(module)
     _flatten_outputs(module)
     _check_functional(module)
     return TracedGraph(module, ShapeGuard(shape_env, [examples[i] for i in guarded]))
+
+
+def keep_random_layout(module: fx.GraphModule) -> fx.GraphModule:
+    """Let functional ``bernoulli`` calls draw in the memory order of their input, as the in-place ones do.
+
+    Eager dropout fills a tensor that has the strides of its input, in memory order; the functional operation fills a
+    contiguous one. For a transposed input (attention) the same random numbers would land on other elements, and the
+    graph would see another mask than the user's code.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is not torch.ops.aten.bernoulli.p:
+            continue
+        strides = [s.node.hint if isinstance(s, torch.SymInt) else s for s in node.args[0].meta["val"].stride()]
+        order = sorted(range(len(strides)), key=lambda d: -strides[d])
+        if order == list(range(len(strides))):
+            continue
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        with module.graph.inserting_before(node):
+            source = module.graph.call_function(torch.ops.aten.permute.default, (node.args[0], order))
+        with module.graph.inserting_after(node):
+            result = module.graph.call_function(torch.ops.aten.permute.default, (node, inverse))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+        node.update_arg(0, source)
+    module.graph.lint()
+    module.recompile()
+    return module
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dims: frozenset[int]) -> torch.Tensor:

@@ -156,7 +156,7 @@ def check_loss(problem: str, loss: torch.Tensor) -> None:
     """
     if loss.numel() != 1:
         raise LossError(
-            f"problem {problem!r}: training_step returned a loss of shape {tuple(loss.shape)}, expected a scalar; "
+            f"problem {problem!r}: training_step returned a loss of shape {_sizes(loss)}, expected a scalar; "
             "reduce it, for example with .mean()"
         )
     if not loss.dtype.is_floating_point:
@@ -168,6 +168,11 @@ def check_loss(problem: str, loss: torch.Tensor) -> None:
             f"problem {problem!r}: training_step returned a loss that depends on no trainable parameter (detached, "
             "computed under no_grad, or from frozen parameters only); there is no gradient to follow"
         )
+
+
+def _sizes(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return a shape to print: for a size that capture keeps symbolic, the size that it has on this batch."""
+    return tuple(s.node.hint if isinstance(s, torch.SymInt) else s for s in tensor.shape)
 
 
 def _describe(value: Any) -> str:

@@ -155,7 +155,10 @@ class GraphDerivatives(AbstractDerivatives):
         (value,), metrics, own, cotangents, buffers = (
             outputs[a:b] for a, b in itertools.pairwise([0, *ends, len(outputs)])
         )
-        named = {m.name: v.item() if m.is_number else v for m, v in zip(loss.metrics, metrics, strict=True)}
+        named = {
+            m.name: v.item() if m.is_number and isinstance(v, torch.Tensor) else v
+            for m, v in zip(loss.metrics, metrics, strict=True)
+        }
         return GradientResult(
             loss=value,
             metrics={**loss.constant_metrics, **named},

@@ -1,0 +1,56 @@
+"""Each pass: what it removes, the same numbers after it, nothing to do, idempotence."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mlopt.passes import merge_equal_nodes_pass, remove_dead_nodes_pass, remove_identities_pass, run_default_passes
+
+X = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def traced(function):
+    module = make_fx(function)(X)
+    module.graph.set_codegen(torch.fx.graph.CodeGen())
+    module.recompile()
+    return module
+
+
+def calls(module):
+    return sum(n.op == "call_function" for n in module.graph.nodes)
+
+
+CASES = {
+    "merge": (merge_equal_nodes_pass, lambda x: (x.exp() + x.exp() * x.sin() + x.sin(),), 1 + 1 + 1 + 2),
+    "merge keeps dtypes apart": (merge_equal_nodes_pass, lambda x: (x.sum() + 1, torch.full((2,), 1), torch.full((2,), 1.0)), 4),
+    "merge keeps -0.0 apart": (merge_equal_nodes_pass, lambda x: (x.clamp(min=0.0), x.clamp(min=-0.0)), 2),
+    "dead": (remove_dead_nodes_pass, lambda x: (x.exp(), x.sin())[:1], 1),
+    # The first of the two transposes is left for dead-code removal.
+    "identities": (remove_identities_pass, lambda x: (x.detach().clone().t().t().view(4, 4).exp(),), 2),
+    "a clone that changes the layout stays": (
+        remove_identities_pass,
+        lambda x: (x.clone(memory_format=torch.contiguous_format),),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pass(name):
+    rewrite, function, expected = CASES[name]
+    module = traced(function)
+    before = module(X)
+    assert rewrite(module) is module
+    assert calls(module) == expected, module.code
+    assert all(torch.equal(a, b) for a, b in zip(before, module(X), strict=True))
+    code = module.code
+    assert rewrite(module).code == code
+
+
+def test_random_calls_stay():
+    """Two draws are not equal, and one that nothing reads still moves the generator."""
+    module = traced(lambda x: (torch.rand_like(x) - torch.rand_like(x),))
+    module = run_default_passes(module)
+    assert calls(module) == 3
+    dead = traced(lambda x: (torch.rand_like(x), x.exp())[1:])
+    assert calls(run_default_passes(dead)) == 2

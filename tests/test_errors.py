@@ -1,0 +1,224 @@
+"""Bad input: each case one clear error that names the problem, what was expected and what to do."""
+
+import pytest
+import torch
+from torch import nn
+
+import mlopt
+from mlopt import errors
+from tests.helpers.bilevel import Classifier, data, make
+
+
+def problem(step, name="lower", **options):
+    module = options.pop("module", None) or nn.Linear(6, 3)
+    cls = type("Custom", (mlopt.Problem,), {"training_step": step})
+    options.setdefault("optimizer", torch.optim.SGD(module.parameters(), lr=0.1))
+    options.setdefault("data", data())
+    return cls(name, module=module, **options)
+
+
+def compile_one(step, **options):
+    return mlopt.compile(mlopt.Graph([problem(step, **options)]), progress=False)
+
+
+def test_no_optimizer():
+    with pytest.raises(errors.ProblemError, match=r"'lower', argument `optimizer`: expected .*Optimizer, got None; pass"):
+        problem(None, optimizer=None)
+
+
+def test_foreign_parameters():
+    with pytest.raises(errors.ProblemError, match=r"'lower', argument `optimizer`: it holds 2 parameter\(s\) that are not"):
+        problem(None, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+
+
+def test_nothing_to_train():
+    module = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(errors.ProblemError, match="'lower'.*none of the parameters it holds requires a gradient"):
+        problem(None, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+
+
+def test_empty_loader_with_a_length():
+    with pytest.raises(errors.ProblemError, match=r"'lower', argument `data`: the loader is empty \(length 0\)"):
+        problem(None, data=[])
+
+
+def test_empty_loader_without_a_length():
+    class Empty:
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(errors.DataError, match="'lower': its data yields no batch"):
+        compile_one(lambda self, batch: self(batch[0]).mean(), data=Empty())
+
+
+def test_iterator_that_runs_out():
+    step = lambda self, batch: self(batch[0]).square().mean()  # noqa: E731
+    plan = compile_one(step, data=iter(data((4, 4, 4))))
+    plan.run(3)
+    with pytest.raises(errors.DataError, match="'lower': its data ran out, and .* cannot be iterated again"):
+        plan.step()
+
+
+def test_failed_step_changes_nothing():
+    plan = compile_one(lambda self, batch: self(batch[0]).square().mean(), data=iter(data((4, 4))))
+    plan.run(2)
+    module = plan.graph.problems["lower"].module
+    before = module.weight.clone()
+    with pytest.raises(errors.DataError):
+        plan.step()
+    assert torch.equal(module.weight, before) and plan.num_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        (lambda self, batch: self(batch[0]), r"'lower': .* loss of shape \(12, 3\), expected a scalar; reduce it"),
+        (lambda self, batch: None, "'lower': training_step returned None as the loss.*forget to return"),
+        (lambda self, batch: {"acc": 1.0}, r"'lower': .* dict without the key 'loss' \(keys: acc\)"),
+        (lambda self, batch: self(batch[0]).mean().item(), "'lower': .*as the loss, expected a scalar tensor"),
+        (lambda self, batch: batch[0].mean(), "'lower': .* depends on no trainable parameter"),
+        (lambda self, batch: self(batch[0]).mean().detach(), "'lower': .* depends on no trainable parameter"),
+        (lambda self, batch: self(batch[0]).argmax(), "'lower': .* loss of dtype torch.int64"),
+    ],
+)
+def test_loss_is_no_differentiable_scalar(step, text):
+    with pytest.raises(errors.LossError, match=text):
+        compile_one(step)
+
+
+def test_unknown_problem_name():
+    with pytest.raises(errors.UnknownNameError, match=r"'classifier': self.rewieght is neither .*did you mean self.reweight"):
+
+        class Typo(Classifier):
+            def training_step(self, batch):
+                return self.rewieght(batch[0]).mean()
+
+        lower, upper = make(classifier=Typo)
+        mlopt.compile(mlopt.Graph([lower, upper]), progress=False)
+
+
+def test_two_problems_of_one_name():
+    step = lambda self, batch: self(batch[0]).mean()  # noqa: E731
+    with pytest.raises(errors.GraphError, match="two problems are named 'lower'"):
+        mlopt.Graph([problem(step), problem(step)])
+
+
+@pytest.mark.parametrize("name", ["not an identifier", "module", "training_step", "", 3])
+def test_bad_names(name):
+    with pytest.raises(errors.ProblemError, match="argument `name`"):
+        problem(None, name=name)
+
+
+def test_problem_hidden_by_an_attribute():
+    lower, upper = make()
+    lower.reweight = 3
+    with pytest.raises(errors.GraphError, match="'classifier' has an attribute 'reweight', which hides the problem"):
+        mlopt.Graph([lower, upper])
+
+
+def test_parameter_in_two_optimizers():
+    module = nn.Linear(6, 3)
+    step = lambda self, batch: self(batch[0]).mean()  # noqa: E731
+    with pytest.raises(errors.GraphError, match="parameter 'weight' of problem 'b' is also trained by problem 'a'"):
+        mlopt.Graph([problem(step, "a", module=module), problem(step, "b", module=module)])
+
+
+@pytest.mark.parametrize(("argument", "value"), [("unroll_steps", 0), ("unroll_steps", 1.5), ("warmup_steps", -1)])
+def test_bad_counts(argument, value):
+    with pytest.raises(errors.ProblemError, match=f"'lower', argument `{argument}`: expected an integer >="):
+        problem(None, **{argument: value})
+
+
+@pytest.mark.parametrize(
+    "make_estimator",
+    [
+        lambda: mlopt.CG(max_steps=0),
+        lambda: mlopt.CG(damping=-1.0),
+        lambda: mlopt.CG(rtol=float("nan")),
+        lambda: mlopt.Neumann(num_terms=0),
+        lambda: mlopt.Neumann(scale=0.0),
+        lambda: mlopt.FiniteDifference(step=-0.1),
+    ],
+)
+def test_bad_estimator_settings(make_estimator):
+    with pytest.raises(ValueError, match="argument `.*`: expected .* got"):
+        make_estimator()
+
+
+def test_declared_edge_that_no_loss_reads():
+    first = problem(lambda self, batch: self(batch[0]).square().mean(), "first")
+    second = problem(lambda self, batch: self(batch[0]).square().mean(), "second")
+    graph = mlopt.Graph([first, second], dependencies={"l2u": {"first": ["second"]}})
+    text = "declare the lower_to_upper edge 'first' -> 'second', but the loss of 'second' reads no .*weight, bias"
+    with pytest.raises(errors.GraphError, match=text):
+        mlopt.compile(graph, progress=False)
+
+
+def test_edge_that_was_not_declared():
+    lower, upper = make()
+    graph = mlopt.Graph([lower, upper], dependencies={"l2u": {lower: [upper]}})
+    text = r"the loss of 'classifier' reads parameters of 'reweight' \(0.weight.*do not declare the upper_to_lower edge"
+    with pytest.raises(errors.GraphError, match=text):
+        mlopt.compile(graph, progress=False)
+
+
+def test_right_declaration_is_accepted():
+    lower, upper = make()
+    dependencies = {"l2u": {lower: [upper]}, "u2l": {"reweight": ["classifier"]}}
+    mlopt.compile(mlopt.Graph([lower, upper], dependencies=dependencies), progress=False).step()
+
+
+def test_declared_cycle_is_printed():
+    step = lambda self, batch: self(batch[0]).mean()  # noqa: E731
+    with pytest.raises(errors.GraphError, match="l2u edges form a cycle (a -> b -> a|b -> a -> b)"):
+        mlopt.Graph([problem(step, "a"), problem(step, "b")], dependencies={"l2u": {"a": ["b"], "b": ["a"]}})
+
+
+def test_declared_unknown_problem():
+    with pytest.raises(errors.GraphError, match="unknown problem 'nobody'"):
+        mlopt.Graph(list(make()), dependencies={"l2u": {"classifier": ["nobody"]}})
+
+
+def test_edges_before_compilation():
+    with pytest.raises(errors.GraphError, match="not known yet: they are found in the losses by mlopt.compile"):
+        _ = mlopt.Graph(list(make())).nx
+
+
+def test_upper_problem_that_reads_nothing_below():
+    lower, upper = make()
+    upper.training_step = lambda batch: upper.module(batch[0][:, :1]).mean()
+    with pytest.warns(errors.StructureWarning, match="'reweight' shapes the loss of 'classifier' but its own loss reads"):
+        mlopt.compile(mlopt.Graph([lower, upper]), progress=False)
+
+
+def test_capture_failure_quotes_the_line():
+    def step(self, batch):
+        loss = self(batch[0]).square().mean()
+        if loss > 1:  # data-dependent
+            loss = loss * 2
+        return loss
+
+    with pytest.raises(errors.CaptureError, match=r"'lower': .*could not be captured(.|\n)*if loss > 1:  # data-dependent"):
+        compile_one(step)
+
+
+def test_loose_tensor_that_requires_a_gradient():
+    loose = torch.ones(3, requires_grad=True)
+    with pytest.raises(errors.CaptureError, match="'lower'.*requires a gradient but is no parameter of any problem"):
+        compile_one(lambda self, batch: (self(batch[0]) * loose).mean())
+
+
+def test_batch_with_unknown_objects():
+    with pytest.raises(errors.DataError, match="'lower': its batch holds a builtins.object"):
+        compile_one(lambda self, batch: self(batch["x"]).mean(), data=[{"x": torch.ones(2, 6), "y": object()}])
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="argument `backend`: expected one of 'auto', 'eager', got 'fast'"):
+        mlopt.compile(mlopt.Graph(list(make())), backend="fast")
+
+
+def test_engine_names_the_problem_of_a_non_finite_loss():
+    plan = compile_one(lambda self, batch: self(batch[0]).square().mean() * float("inf"))
+    with pytest.raises(errors.NonFiniteError, match="'lower': its loss is (inf|nan) at step 1"):
+        mlopt.Engine(plan, steps=3, log_every=1, progress=False).run()
