@@ -4,8 +4,9 @@ One shared library: torch-free kernels (compiled by g++, and by nvcc where a CUD
 binding. No torch header reaches nvcc, and the CUDA runtime is linked statically, so the CUDA part builds beside a
 CPU-only torch and imports without a driver.
 
-Environment: MLOPT_SKIP_EXTENSION=1 installs the Python part only. MLOPT_CUDA=0 leaves CUDA out, MLOPT_CUDA=1 requires it; by default it is built if nvcc is found. Whether
-the machine has a GPU plays no part. MAX_JOBS limits parallel compilation (default 4).
+Environment: MLOPT_SKIP_EXTENSION=1 installs the Python part only. MLOPT_CUDA=0 leaves CUDA out, MLOPT_CUDA=1 requires
+it; by default it is built if nvcc is found. Whether the machine has a GPU plays no part. MAX_JOBS limits parallel
+compilation (default 4).
 """
 
 from __future__ import annotations

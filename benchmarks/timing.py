@@ -1,13 +1,7 @@
-"""The only clock of the benchmarks, and the record of where a number comes from.
-
-A time is the median over samples; a sample is a number of calls between two waits for the device, divided by that
-number, so that short calls are not lost in the clock's resolution and launches overlap as they do in a solver.
-"""
+"""The only clock of the benchmarks: warm-up, synchronization, interleaved repeats, medians."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import json
 import platform
 import statistics
@@ -15,87 +9,56 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 
+def interleaved(functions: dict[str, Callable[[], object]], device: str, *, repeats: int = 15, least: float = 0.02):
+    """Time several functions in turn, so that a machine whose speed drifts is unfair to none.
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds per call: the median, and the quartiles as the spread."""
+    Args:
+        functions: Name -> function without arguments.
+        device: ``"cpu"`` or ``"cuda"``; CUDA work is waited for.
+        repeats: Timed rounds.
+        least: Seconds that one measurement lasts at least; short functions are called several times.
 
-    median: float
-    lower: float
-    upper: float
-    samples: int
-    calls_per_sample: int
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all work queued so far."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(
-    call: Callable[[], Any], device: torch.device, *, samples: int = 21, sample_seconds: float = 0.02
-) -> Timing:
-    """Time `call`; it must be repeatable and must not wait for the device itself."""
-
-    def sample(calls: int) -> float:
-        synchronize(device)
+    Returns:
+        Name -> {"median_s", "min_s", "max_s", "calls"}; seconds per call.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    calls = {}
+    for name, function in functions.items():
+        function()
+        wait()
         start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    sample(3)  # warm-up: allocator, code, caches, clock rates
-    calls = max(1, round(sample_seconds / max(sample(3), 1e-9)))
-    times = [sample(calls) for _ in range(samples)]
-    lower, median, upper = statistics.quantiles(times, n=4)
-    return Timing(median, lower, upper, samples, calls)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a measurement."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+        function()
+        wait()
+        calls[name] = max(1, int(least / max(time.perf_counter() - start, 1e-7)))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            wait()
+            seconds[name].append((time.perf_counter() - start) / calls[name])
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "num_threads": torch.get_num_threads(),
+        name: {"median_s": statistics.median(s), "min_s": min(s), "max_s": max(s), "calls": calls[name]}
+        for name, s in seconds.items()
     }
 
 
-def write_results(folder: Path, device: torch.device, results: dict[str, Any]) -> Path:
-    """Write results as JSON to ``<cpu|gpu>-<device name>.json`` in `folder`."""
-    kind = "gpu" if device.type == "cuda" else "cpu"
-    name = "".join(c if c.isalnum() else "-" for c in results["environment"]["device"].lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{kind}-{name}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    return path
+def describe(device: str) -> dict[str, object]:
+    """Say what was measured on: device, torch, threads, commit."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit}
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+def write(path: Path, result: dict[str, object]) -> None:
+    """Write a result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,10 +1,10 @@
-"""Data reweighting on digits with corrupted labels, in the manner of Meta-Weight-Net (Shu et al. 2019, arXiv 1902.07379).
+"""Data reweighting on digits with corrupted labels, after Meta-Weight-Net (Shu et al. 2019, arXiv 1902.07379).
 
 Two problems. The lower one trains a classifier on noisy labels, each sample weighted by a small network that sees the
 sample's loss. The upper one trains that network so that the classifier does well on a small clean meta set. Compare
 with plain training on the noisy labels, and with an oracle that trains on the clean part only.
 
-    python examples/reweighting.py [--seed 0] [--seeds 5] [--estimator cg|neumann|finite-difference] [--out-dir demo_out]
+    python examples/reweighting.py [--seeds 5] [--estimator cg|neumann|finite-difference] [--out-dir demo_out]
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -75,8 +76,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
 class Compiler:
     """Holds what is compiled so far, and compiles more when a batch of a new kind comes.
 
-    Graphs are kept per problem. A batch whose structure, sizes, strides and dtypes were seen before costs one dictionary
-    look-up; one with new sizes reuses a graph whose shape guards accept it; only then is the loss captured again.
+    Graphs are kept per problem. A batch whose structure, sizes, strides and dtypes were seen before costs one look-up;
+    one with new sizes reuses a graph whose shape guards accept it; only then is the loss captured again.
     """
 
     def __init__(self, graph: Graph, backend: AbstractBackend, *, verify: bool, strict: bool) -> None:
@@ -155,10 +156,10 @@ class Compiler:
         return reference
 
 
-def _kind(name: object, signature: tuple[object, ...]) -> tuple[object, ...]:
+def _kind(name: object, signature: tuple[Any, ...]) -> tuple[object, ...]:
     """Return what two batches must share for one graph to serve both: all of a signature but sizes and strides."""
     spec, *tensors = signature
-    return (name, spec, *(dtype for _, _, dtype in tensors))  # type: ignore[misc]
+    return (name, spec, *(dtype for _, _, dtype in tensors))
 
 
 def _names(loss: LossGraph) -> str:

@@ -98,7 +98,7 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{x0:.0f} 0 {x1 - x0:.0f} {height:.0f}" '
         f'width="{x1 - x0:.0f}" height="{height:.0f}" font-family="{_FONT}" font-size="12">\n'
         f"<title>mlopt problem graph: {escape(', '.join(graph.problems))}</title>\n"
-        f'<defs>{_marker("low", _SOLID)}{_marker("up", _DASHED)}</defs>\n'
+        f"<defs>{_marker('low', _SOLID)}{_marker('up', _DASHED)}</defs>\n"
         f'<rect x="{x0:.0f}" y="0" width="{x1 - x0:.0f}" height="{height:.0f}" fill="white"/>\n'
         + "\n".join(body)
         + "\n</svg>\n"
@@ -188,7 +188,9 @@ def _edge_lines(source: str, reader: str, data: dict[str, object], program: Exec
 
 def _draw_box(box: _Box) -> str:
     x, y = box.x - box.width / 2, box.y
-    texts = [f'<text x="{box.x:.1f}" y="{y + 22:.1f}" text-anchor="middle" font-weight="bold">{escape(box.name)}</text>']
+    texts = [
+        f'<text x="{box.x:.1f}" y="{y + 22:.1f}" text-anchor="middle" font-weight="bold">{escape(box.name)}</text>'
+    ]
     for i, line in enumerate(box.lines):
         texts.append(
             f'<text x="{box.x:.1f}" y="{y + 40 + _LINE * i:.1f}" text-anchor="middle" fill="#444">{escape(line)}</text>'

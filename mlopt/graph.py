@@ -178,8 +178,8 @@ class Graph:
             names = ", ".join(self.problems[read].trained_parameters())
             raise GraphError(
                 f"the dependencies declare the {kind} edge {read!r} -> {reader!r}, but the loss of {reader!r} reads no "
-                f"trained parameter of {read!r} (it has: {names}); use self.{read}(...) in its training_step, or remove "
-                "the declaration"
+                f"trained parameter of {read!r} (it has: {names}); use self.{read}(...) in its training_step, or "
+                "remove the declaration"
             )
         for read, reader, kind in sorted(found - declared):
             raise GraphError(

@@ -148,9 +148,7 @@ class Problem:
                 f"{type(self.optimizer).__name__}"
             )
         own = {id(p) for p in self.module.parameters()}
-        foreign = [
-            tuple(p.shape) for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own
-        ]
+        foreign = [tuple(p.shape) for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]
         if foreign:
             raise ProblemError(
                 f"problem {self.name!r}, argument `optimizer`: it holds {len(foreign)} parameter(s) that are not in "

@@ -22,12 +22,16 @@ def compile_one(step, **options):
 
 
 def test_no_optimizer():
-    with pytest.raises(errors.ProblemError, match=r"'lower', argument `optimizer`: expected .*Optimizer, got None; pass"):
+    with pytest.raises(
+        errors.ProblemError, match=r"'lower', argument `optimizer`: expected .*Optimizer, got None; pass"
+    ):
         problem(None, optimizer=None)
 
 
 def test_foreign_parameters():
-    with pytest.raises(errors.ProblemError, match=r"'lower', argument `optimizer`: it holds 2 parameter\(s\) that are not"):
+    with pytest.raises(
+        errors.ProblemError, match=r"'lower', argument `optimizer`: it holds 2 parameter\(s\) that are not"
+    ):
         problem(None, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
 
 
@@ -87,7 +91,9 @@ def test_loss_is_no_differentiable_scalar(step, text):
 
 
 def test_unknown_problem_name():
-    with pytest.raises(errors.UnknownNameError, match=r"'classifier': self.rewieght is neither .*did you mean self.reweight"):
+    with pytest.raises(
+        errors.UnknownNameError, match=r"'classifier': self.rewieght is neither .*did you mean self.reweight"
+    ):
 
         class Typo(Classifier):
             def training_step(self, batch):
@@ -187,7 +193,9 @@ def test_edges_before_compilation():
 def test_upper_problem_that_reads_nothing_below():
     lower, upper = make()
     upper.training_step = lambda batch: upper.module(batch[0][:, :1]).mean()
-    with pytest.warns(errors.StructureWarning, match="'reweight' shapes the loss of 'classifier' but its own loss reads"):
+    with pytest.warns(
+        errors.StructureWarning, match="'reweight' shapes the loss of 'classifier' but its own loss reads"
+    ):
         mlopt.compile(mlopt.Graph([lower, upper]), progress=False)
 
 
@@ -198,7 +206,9 @@ def test_capture_failure_quotes_the_line():
             loss = loss * 2
         return loss
 
-    with pytest.raises(errors.CaptureError, match=r"'lower': .*could not be captured(.|\n)*if loss > 1:  # data-dependent"):
+    with pytest.raises(
+        errors.CaptureError, match=r"'lower': .*could not be captured(.|\n)*if loss > 1:  # data-dependent"
+    ):
         compile_one(step)
 
 

@@ -148,9 +148,7 @@ def prepare(
     return values, [by_name.get(name) for name in own_layout.names]
 
 
-def read_parameters(
-    loss: LossGraph, values: Sequence[torch.Tensor], layout: FlatLayout
-) -> list[torch.Tensor | None]:
+def read_parameters(loss: LossGraph, values: Sequence[torch.Tensor], layout: FlatLayout) -> list[torch.Tensor | None]:
     """Return another problem's parameters among the loss's inputs, in that problem's layout order."""
     by_name = {loss.inputs[i].name: values[i] for i in loss.positions(InputRole.READ, layout.problem)}
     return [by_name.get(name) for name in layout.names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -101,7 +102,7 @@ def keep_random_layout(module: fx.GraphModule) -> fx.GraphModule:
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dims: frozenset[int]) -> torch.Tensor:
     sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(tensor.ndim)]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
     if tensor.storage_offset() != 0:  # see `without_offset`; the storage is never touched
         tensor = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return mode.from_tensor(tensor.detach(), static_shapes=False, symbolic_context=context)

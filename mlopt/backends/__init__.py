@@ -15,5 +15,7 @@ def get_backend(name: str) -> AbstractBackend:
         ValueError: There is none.
     """
     if name not in _BACKENDS:
-        raise ValueError(f"compile, argument `backend`: expected one of {', '.join(map(repr, _BACKENDS))}, got {name!r}")
+        raise ValueError(
+            f"compile, argument `backend`: expected one of {', '.join(map(repr, _BACKENDS))}, got {name!r}"
+        )
     return _BACKENDS[name]()

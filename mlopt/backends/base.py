@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import fx
 
-Compiled = Callable[..., Sequence[torch.Tensor | None]]
+# Tensors, and None or integers where the graph returns those.
+Compiled = Callable[..., Sequence[Any]]
 
 
 class AbstractBackend(abc.ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,7 +20,7 @@ class EagerBackend(AbstractBackend):
         """Return the graph's forward under ``no_grad``."""
         forward = module.forward
 
-        def run(*tensors: torch.Tensor) -> Sequence[torch.Tensor | None]:
+        def run(*tensors: torch.Tensor) -> Sequence[Any]:
             with torch.no_grad():
                 return forward(*tensors)
 

@@ -79,14 +79,15 @@ def flatten_batch(problem: str, batch: Any, device: torch.device) -> tuple[list[
 
 
 def _register_dataclasses(leaves: Sequence[Any]) -> None:
-    for cls in {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf)}:
+    classes: set[Any] = {type(leaf) for leaf in leaves if dataclasses.is_dataclass(leaf)}
+    for cls in classes:
         names = [f.name for f in dataclasses.fields(cls)]
 
         def take_apart(value: Any, names: list[str] = names) -> tuple[list[Any], None]:
             return [getattr(value, n) for n in names], None
 
-        def put_together(children: Any, _: None, cls: type = cls, names: list[str] = names) -> Any:
-            value = object.__new__(cls)  # __init__ may compute; a batch is rebuilt, not made anew
+        def put_together(children: Any, _: None, cls: Any = cls, names: list[str] = names) -> Any:
+            value: Any = object.__new__(cls)  # __init__ may compute; a batch is rebuilt, not made anew
             for n, child in zip(names, children, strict=True):
                 object.__setattr__(value, n, child)
             return value

@@ -63,9 +63,7 @@ def capture_loss(
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                wrapper, (tuple(handed),), dynamic_shapes=(tuple(shapes),), strict=False
-            )
+            exported = torch.export.export(wrapper, (tuple(handed),), dynamic_shapes=(tuple(shapes),), strict=False)
     except MloptError:
         raise
     except Exception as error:
@@ -101,7 +99,7 @@ class _LossModule(nn.Module):
         self.seen = _Seen()
 
     def forward(self, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
-        problem: Problem = self._problem  # type: ignore[assignment]
+        problem: Problem = self._problem
         seen = self.seen
         try:
             batch = self._spec.unflatten(tensors[: self._num_tensors])
@@ -184,7 +182,7 @@ def _capture_error(problem: Problem, error: Exception) -> CaptureError:
     hidden = (torch.__path__[0], __file__)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(hidden)]
     frames = [f for f in frames if "/mlopt/" not in f.filename.replace("\\", "/") or "/tests/" in f.filename]
-    where = f'\n  at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}' if frames else ""
+    where = f"\n  at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     first = str(error).strip().splitlines()
     return CaptureError(
         f"problem {problem.name!r}: its training_step could not be captured as a graph{where}\n"
@@ -221,7 +219,9 @@ def _to_record(
         value = node.meta["val"]
         free = isinstance(value, torch.Tensor) and inputs[-1].role is InputRole.BATCH
         dynamic.append(
-            frozenset(d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt)) if free else frozenset()
+            frozenset(d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+            if free
+            else frozenset()
         )
     # Placeholders are numbered anew by torch when a graph is retraced; only their order counts from here on.
     output = next(n for n in module.graph.nodes if n.op == "output")
@@ -288,8 +288,8 @@ def _classify(
         )
     if tensor.requires_grad:
         raise CaptureError(
-            f"problem {problem.name!r}: its training_step reads a tensor of shape {tuple(tensor.shape)} that requires a "
-            "gradient but is no parameter of any problem's module, so its gradient would be lost; make it an "
+            f"problem {problem.name!r}: its training_step reads a tensor of shape {tuple(tensor.shape)} that requires "
+            "a gradient but is no parameter of any problem's module, so its gradient would be lost; make it an "
             "nn.Parameter of the module of the problem that trains it"
         )
     return GraphInput(InputRole.CONSTANT, "", spec.target, tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
@@ -24,7 +25,8 @@ class ShapeGuard:
     def __init__(self, shape_env: ShapeEnv, examples: Sequence[torch.Tensor]) -> None:
         self._shape_env = shape_env
         self._ndims = [x.ndim for x in examples]
-        self._expression = shape_env.produce_guards_expression(list(examples), ignore_static=False)
+        fakes = [x for x in examples if isinstance(x, FakeTensor)]
+        self._expression = shape_env.produce_guards_expression(fakes, ignore_static=False)
 
     def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether sizes and strides of `tensors` satisfy the assumptions (dtypes and devices are not compared)."""

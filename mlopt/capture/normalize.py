@@ -53,7 +53,7 @@ def inline_grad_mode_regions(module: fx.GraphModule, problem: str) -> fx.GraphMo
                     setattr(module, name, getattr(body, inner.target))
                     mapping[inner] = module.graph.get_attr(name)
                 else:
-                    mapping[inner] = module.graph.node_copy(inner, lambda n, m=mapping: m[n])
+                    mapping[inner] = module.graph.node_copy(inner, mapping.__getitem__)
         for user in list(node.users):
             assert user.target is operator.getitem, f"{user} reads a grad-mode region other than by index"
             user.replace_all_uses_with(results[user.args[1]])

@@ -78,6 +78,4 @@ class LossGraph:
 
     def positions(self, role: InputRole, problem: str | None = None) -> list[int]:
         """Return the input positions of one role, optionally of one problem."""
-        return [
-            i for i, x in enumerate(self.inputs) if x.role is role and (problem is None or x.problem == problem)
-        ]
+        return [i for i, x in enumerate(self.inputs) if x.role is role and (problem is None or x.problem == problem)]

@@ -36,9 +36,7 @@ class AbstractEstimator(abc.ABC):
     mixed_step: float | None = None
 
     @abc.abstractmethod
-    def solve(
-        self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None
-    ) -> Solution:
+    def solve(self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None) -> Solution:
         """Return q for ``H q = v``.
 
         Args:

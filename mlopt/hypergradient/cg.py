@@ -36,9 +36,7 @@ class CG(AbstractEstimator):
         check_number("CG", "rtol", self.rtol, positive=False)
         check_number("CG", "damping", self.damping, positive=False)
 
-    def solve(
-        self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None
-    ) -> Solution:
+    def solve(self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None) -> Solution:
         """Solve for q; see `mlopt.linalg.cg`."""
         if self.damping:
             operator = DampedOperator(operator, self.damping)

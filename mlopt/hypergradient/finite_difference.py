@@ -16,8 +16,8 @@ class FiniteDifference(AbstractEstimator):
 
     With ``exact=False`` the mixed product is ``(dg/dlambda(theta + eps q) - dg/dlambda(theta - eps q)) / (2 eps)`` with
     ``eps = step / ||q||``, both sides with the same random numbers. With ``exact=True`` it is taken by automatic
-    differentiation, which costs about the same, has no rounding error, and leaves theta alone. The two also differ where
-    the loss detaches a value that depends on theta: a derivative stops there, a difference quotient does not.
+    differentiation, which costs about the same, has no rounding error, and leaves theta alone. The two also differ
+    where the loss detaches a value that depends on theta: a derivative stops there, a difference quotient does not.
 
     Attributes:
         step: Length of the step in the space of the lower parameters, used with ``exact=False``.
@@ -45,9 +45,7 @@ class FiniteDifference(AbstractEstimator):
         """The step of the central difference, or None for the exact product."""
         return None if self.exact else self.step
 
-    def solve(
-        self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None
-    ) -> Solution:
+    def solve(self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None) -> Solution:
         """Return ``scale * v``."""
         zero = torch.zeros((), dtype=torch.int64, device=cotangent.device)
         return Solution(

@@ -36,9 +36,7 @@ class Neumann(AbstractEstimator):
         """One term needs no product."""
         return self.num_terms > 1
 
-    def solve(
-        self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None
-    ) -> Solution:
+    def solve(self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None) -> Solution:
         """Sum the series; see `mlopt.linalg.neumann`."""
         return neumann(operator, cotangent, num_terms=self.num_terms, scale=self.scale)
 

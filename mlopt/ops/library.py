@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from typing import Any
@@ -25,9 +26,9 @@ def available() -> bool:
     if os.environ.get("MLOPT_DISABLE_EXTENSION") == "1":
         return False
     try:
-        from mlopt import _C  # noqa: F401  # importing it registers the ops
+        importlib.import_module("mlopt._C")  # importing it registers the ops
     except ImportError as error:
-        missing = error.name == "mlopt._C" or "cannot import name '_C'" in str(error)
+        missing = error.name == "mlopt._C"
         reason = "is not built" if missing else f"does not load ({error})"
         message = f"the native extension of mlopt {reason}; build it with: {_BUILD}"
         if os.environ.get("MLOPT_REQUIRE_EXTENSION") == "1":
@@ -46,9 +47,8 @@ def build_config() -> dict[str, Any]:
     """
     if not available():
         return {"extension": False, "torch": None, "compiler": None, "cuda": None}
-    from mlopt import _C
-
-    return {"extension": True, **_C.build_config()}
+    extension = importlib.import_module("mlopt._C")
+    return {"extension": True, **extension.build_config()}
 
 
 def register_fakes() -> None:

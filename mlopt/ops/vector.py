@@ -176,7 +176,7 @@ def _check_written(op: str, written: dict[str, torch.Tensor], read: dict[str, to
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     def span(t: torch.Tensor) -> tuple[int, int]:
-        start = t.storage_offset()
+        start = int(t.storage_offset())
         return start, start + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
 
     (a0, a1), (b0, b1) = span(a), span(b)

@@ -133,7 +133,7 @@ class _AdjointPlanner:
 
 
 def _without_unused(instructions: list[Instruction]) -> tuple[Instruction, ...]:
-    """Drop what does not end in the hypergradient: a cotangent may arrive where nothing leads on to the upper problem."""
+    """Drop what does not end in the hypergradient: cotangents may arrive where nothing leads on to the upper."""
     used = {HYPERGRADIENT}
     linearized: set[str] = set()
     kept: list[Instruction] = []

@@ -29,7 +29,9 @@ class Gradient:
     def __str__(self) -> str:
         """One line."""
         extra = "".join(f", {slot} = dL/d{name}" for name, slot in self.cotangents)
-        return f"gradient   loss L of {self.problem}, {HYPERGRADIENT if extra else 'gradient'} = dL/d{self.problem}{extra}"
+        return (
+            f"gradient   loss L of {self.problem}, {HYPERGRADIENT if extra else 'gradient'} = dL/d{self.problem}{extra}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

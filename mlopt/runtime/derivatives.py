@@ -184,7 +184,7 @@ class GraphDerivatives(AbstractDerivatives):
 
 class _GraphLinearization(AbstractLinearization):
     def __init__(
-        self, residuals: Sequence[torch.Tensor], call: Mapping[str, Callable[..., Any]], targets: tuple[str, ...]
+        self, residuals: Sequence[Any], call: Mapping[str, Callable[..., Any]], targets: tuple[str, ...]
     ) -> None:
         self._residuals = residuals
         self._call = call

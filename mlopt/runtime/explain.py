@@ -79,7 +79,7 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
 
 
 def _problem_rows(graph: Graph, program: ExecutionPlan, report: CompileReport) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for p in reversed(program.problems):
         problem = graph.problems[p.name]
         rows.append(
@@ -100,13 +100,15 @@ def schedule_text(graph: Graph, program: ExecutionPlan, name: str) -> str:
     if not lowers:
         return "steps every time"
     parts = [f"{graph.problems[lower].unroll_steps} of {lower}" for lower in lowers]
-    warmups = [f"{graph.problems[lower].warmup_steps} of {lower}" for lower in lowers if graph.problems[lower].warmup_steps]
+    warmups = [
+        f"{graph.problems[lower].warmup_steps} of {lower}" for lower in lowers if graph.problems[lower].warmup_steps
+    ]
     waiting = f", the first time after a warm-up of {', '.join(warmups)}" if warmups else ""
     return f"steps after {', '.join(parts)}{waiting}"
 
 
 def _edge_rows(graph: Graph) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for source, reader, data in graph.nx.edges(data=True):
         count = _count(len(data["parameters"]), "tensor")
         rows.append((f"{source} -> {reader}", data["kind"], f"the loss of {reader} reads {count} of {source}"))
@@ -128,7 +130,11 @@ def _cost(instruction: Instruction) -> str:
 
 
 def _residuals(report: CompileReport, name: str) -> str:
-    return f"{_count(report.residuals[name], 'residual')} kept between primal and tangent" if name in report.residuals else ""
+    return (
+        f"{_count(report.residuals[name], 'residual')} kept between primal and tangent"
+        if name in report.residuals
+        else ""
+    )
 
 
 def _num_calls(module: fx.GraphModule) -> int:

@@ -57,7 +57,7 @@ class AutogradDerivatives(AbstractDerivatives):
             gradients = iter(
                 torch.autograd.grad(loss, [*own, *(p for group in reads.values() for p in group)], allow_unused=True)
             )
-            own_gradients = [next(gradients) for _ in own]
+            own_gradients: list[torch.Tensor | None] = [next(gradients) for _ in own]
             cotangents = {
                 name: self._layouts[name].flatten([next(gradients) for _ in group]) for name, group in reads.items()
             }
@@ -99,9 +99,7 @@ class AutogradDerivatives(AbstractDerivatives):
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, Mapping[str, object]]:
         tensors = [t.clone() for t in batch.tensors]  # a training_step may write to its batch
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss, metrics = split_result(
-                self._problem.name, self._problem.training_step(batch.spec.unflatten(tensors))
-            )
+            loss, metrics = split_result(self._problem.name, self._problem.training_step(batch.spec.unflatten(tensors)))
             check_loss(self._problem.name, loss)
         return loss, metrics
 

@@ -58,8 +58,8 @@ def find_disagreement(
         expected = dict(_evaluate(reference, batch, layout, own, needs))
     for name in expected | got:
         # A buffer that only one side reports was left alone by the other.
-        a = got[name] if name in got else name
-        b = expected[name] if name in expected else name
+        a = got.get(name, name)
+        b = expected.get(name, name)
         assert isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor), f"only one side has {name}"
         a, b = a.double(), b.double()
         scale, difference = b.norm(), (a - b).norm()

@@ -22,7 +22,11 @@ def calls(module):
 
 CASES = {
     "merge": (merge_equal_nodes_pass, lambda x: (x.exp() + x.exp() * x.sin() + x.sin(),), 1 + 1 + 1 + 2),
-    "merge keeps dtypes apart": (merge_equal_nodes_pass, lambda x: (x.sum() + 1, torch.full((2,), 1), torch.full((2,), 1.0)), 4),
+    "merge keeps dtypes apart": (
+        merge_equal_nodes_pass,
+        lambda x: (x.sum() + 1, torch.full((2,), 1), torch.full((2,), 1.0)),
+        4,
+    ),
     "merge keeps -0.0 apart": (merge_equal_nodes_pass, lambda x: (x.clamp(min=0.0), x.clamp(min=-0.0)), 2),
     "dead": (remove_dead_nodes_pass, lambda x: (x.exp(), x.sin())[:1], 1),
     # The first of the two transposes is left for dead-code removal.

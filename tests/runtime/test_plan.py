@@ -62,7 +62,7 @@ def test_upper_step_applies_the_hypergradient():
 
 
 def test_schedule():
-    plan, lower, _ = compiled(unroll_steps=3)
+    plan, *_ = compiled(unroll_steps=3)
     stepped = ["reweight" in plan.step() for _ in range(9)]
     assert stepped == [False, False, True] * 3
     assert plan.num_steps == 9
@@ -150,10 +150,7 @@ def test_batch_norm_moves_with_real_steps_only():
     assert norm.num_batches_tracked == 0  # compilation and verification left it alone
     plan._executor.step("classifier")
     assert norm.num_batches_tracked == 1
-    x, _ = lower.data[0]
-    twin = torch.nn.BatchNorm1d(8).double()
-    torch.testing.assert_close(norm.running_mean.ne(mean).all(), torch.tensor(True))
-    assert twin.running_var.shape == norm.running_var.shape
+    assert norm.running_mean.ne(mean).all()
     plan._executor.step("reweight")
     assert norm.num_batches_tracked == 2  # the upper loss runs the classifier in training mode, as the user wrote
 

@@ -45,7 +45,9 @@ def custom_function_backward_is_lost():
 def test_lost_custom_backward_falls_back():
     assert custom_function_backward_is_lost(), "torch.export keeps custom backwards now: find another wrong capture"
     lower, upper = make(classifier=WithCustomFunction, dtype=torch.float64)
-    with pytest.warns(mlopt.errors.VerificationWarning, match="'classifier': .*gradient: relative difference .*plain autograd"):
+    with pytest.warns(
+        mlopt.errors.VerificationWarning, match="'classifier': .*gradient: relative difference .*plain autograd"
+    ):
         plan = mlopt.compile(mlopt.Graph([lower, upper]), progress=False)
     assert "classifier runs by plain autograd" in plan.explain()
     # The fallback gives the right hypergradient, and steps.
@@ -89,15 +91,13 @@ def test_every_product_is_compared(estimator, monkeypatch):
         bent.append(name)
         return value * 1.1
 
-    plan, lower, upper = compiled(hypergradient=estimator, batch_norm=True)
+    plan, lower, _ = compiled(hypergradient=estimator, batch_norm=True)
     compiler = plan._executor._derive.__self__
     needs = plan.program.needs["classifier"]
     layout = plan._executor.layouts["classifier"]
     own = layout.flatten([p.detach() for p in lower.trained_parameters().values()])
     batch = plan._executor.states["classifier"].stream.peek()
-    reference = mlopt.runtime.reference.AutogradDerivatives(
-        lower, plan.graph.problems, plan._executor.layouts, needs
-    )
+    reference = mlopt.runtime.reference.AutogradDerivatives(lower, plan.graph.problems, plan._executor.layouts, needs)
     graphs = compiler.derive("classifier", batch)
     assert isinstance(graphs, derivatives.GraphDerivatives)
     assert verify.find_disagreement(graphs, reference, batch, layout, own, needs) is None

@@ -1,0 +1,66 @@
+"""The training run around a plan."""
+
+import pytest
+import torch
+
+import mlopt
+from tests.helpers.bilevel import compiled
+
+
+def test_run_records_history():
+    plan, *_ = compiled(unroll_steps=2)
+    engine = mlopt.Engine(plan, steps=10, log_every=5, progress=False)
+    history = engine.run()
+    assert [s for s, _ in history["classifier.loss"]] == [5, 10]
+    assert set(history) == {"classifier.loss", "reweight.loss", "reweight.acc"}
+    assert engine.step == plan.num_steps == 10
+    assert engine.run() is history and plan.num_steps == 10  # nothing is left to do
+
+
+def test_validation_and_callbacks():
+    plan, *_ = compiled()
+    seen = []
+
+    class Log(mlopt.Callback):
+        def on_start(self, engine):
+            seen.append("start")
+
+        def on_step_end(self, engine, results):
+            seen.append((engine.step, "classifier" in results))
+
+        def on_end(self, engine):
+            seen.append("end")
+
+    values = iter([0.5, 0.7, 0.9])
+    engine = mlopt.Engine(
+        plan,
+        steps=5,
+        callbacks=[Log()],
+        validate=lambda: {"accuracy": next(values)},
+        validate_every=2,
+        progress=False,
+    )
+    assert engine.run()["accuracy"] == [(2, 0.5), (4, 0.7), (5, 0.9)]
+    assert seen == ["start", *((i, True) for i in range(1, 6)), "end"]
+
+
+def test_progress_bar_shows_both_losses(capsys):
+    plan, *_ = compiled()
+    mlopt.Engine(plan, steps=20).run()
+    bar = capsys.readouterr().err
+    assert "train" in bar and "classifier=" in bar and "reweight=" in bar and "20/20" in bar
+
+
+@pytest.mark.parametrize("argument", ["steps", "validate_every", "log_every"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, True])
+def test_bad_counts(argument, value):
+    plan, *_ = compiled()
+    with pytest.raises(ValueError, match=f"Engine, argument `{argument}`: expected an integer >= 1"):
+        mlopt.Engine(plan, **{"steps": 1, argument: value})
+
+
+def test_training_improves_the_upper_loss():
+    plan, *_ = compiled(sizes=(60,), unroll_steps=2)
+    history = mlopt.Engine(plan, steps=200, log_every=20, progress=False).run()
+    losses = torch.tensor([v for _, v in history["reweight.loss"]])
+    assert losses[-1] < losses[0]
