@@ -33,7 +33,7 @@ $(VENV)/.created:
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@$(PY) -c 'import torch; v = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])); assert (2, 11) <= v < (2, 16)' \
 	  2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
-	$(PY) -m pip install -q "setuptools>=77" wheel "pybind11>=2.13,<4"
+	$(PY) -m pip install -q "setuptools>=77" wheel
 	MLOPT_SKIP_EXTENSION=1 $(PY) -m pip install -q --no-build-isolation -e ".[dev]"
 	@touch $@
 

@@ -58,12 +58,11 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build mlopt._C."""
         try:
-            import pybind11
             import torch
-        except ImportError as error:
+        except ImportError:
             sys.exit(
-                f"mlopt: building the extension needs {error.name} in the environment that builds it. Install torch "
-                "first, then: pip install pybind11 && pip install --no-build-isolation ."
+                "mlopt: torch must be there to build the extension. Install torch first, then: pip install "
+                "--no-build-isolation .   (or without the extension: MLOPT_SKIP_EXTENSION=1 pip install .)"
             )
         package = Path(torch.__file__).parent
         nvcc = find_nvcc()
@@ -75,9 +74,8 @@ class BuildExtension(build_ext):
             sys.exit(f"mlopt: no C++ compiler ({compiler}); install g++ or set CXX")
 
         binding = [
-            f"-I{package / 'include'}",
+            f"-I{package / 'include'}",  # has pybind11 too
             f"-I{package / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
-            f"-I{pybind11.get_include()}",
             f"-I{sysconfig.get_path('include')}",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
             "-fopenmp",  # at::parallel_for is serial without it; torch's own libgomp is the one that gets loaded

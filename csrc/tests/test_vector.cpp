@@ -79,7 +79,8 @@ void test_elementwise(int64_t n) {
   perturb_cpu<T>({x.data(), direction.data(), steps, out.data(), 2, n}, thread_pool);
   for (int64_t i = 0; i < n; ++i) {
     CHECK(v[i] == v0[i] - T(0.3) * av[i] && acc[i] == acc0[i] + v[i]);
-    for (int64_t row = 0; row < 2; ++row) CHECK(out[row * n + i] == x[row * n + i] + steps[row] * direction[row * n + i]);
+    for (int64_t row = 0; row < 2; ++row)
+      CHECK(out[row * n + i] == x[row * n + i] + steps[row] * direction[row * n + i]);
   }
 }
 

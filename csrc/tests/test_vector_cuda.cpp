@@ -1,7 +1,6 @@
 // The CUDA kernels of the family `vector`, run under emulation, against the CPU kernels.
 #define MLOPT_CUDA_EMULATION
 #include "../vector/vector_cuda.cu"
-
 #include "check.h"
 #include "vector_cases.h"
 

@@ -12,8 +12,8 @@
 namespace mlopt::testing {
 
 // Sizes around every boundary of the kernels: lanes, threads, blocks.
-inline const std::vector<int64_t> kSizes = {0,   1,   2,          31,         32,         33,             255,        256,
-                                            257, 999, kBlock - 1, kBlock,     kBlock + 1, 2 * kBlock + 3, 50000};
+inline const std::vector<int64_t> kSizes = {
+    0, 1, 2, 31, 32, 33, 255, 256, 257, 999, kBlock - 1, kBlock, kBlock + 1, 2 * kBlock + 3, 50000};
 
 template <typename T>
 std::vector<T> random_vector(int64_t size, unsigned seed) {
@@ -61,7 +61,7 @@ struct CgCase {
   }
 
   CgParams<T> params() {
-    return {x.data(),     r.data(), p.data(), ap.data(), state.data(), pap_partials.data(), rr_partials.data(), kRows, n};
+    return {x.data(), r.data(), p.data(), ap.data(), state.data(), pap_partials.data(), rr_partials.data(), kRows, n};
   }
 };
 

@@ -17,7 +17,8 @@ namespace mlopt {
 
 constexpr int64_t kBlock = 4096;  // elements per partial sum: 16 to 32 KiB per operand, inside a first-level cache
 
-MLOPT_HD int64_t num_blocks(int64_t n) { return (n + kBlock - 1) / kBlock; }
+// At least one, so that a row of no elements has a sum too.
+MLOPT_HD int64_t num_blocks(int64_t n) { return n <= kBlock ? 1 : (n + kBlock - 1) / kBlock; }
 
 // Columns of the state of conjugate gradients, [K, kNumColumns].
 enum Column : int { kRR = 0, kTolerance2 = 1, kStatus = 2, kNumSteps = 3, kPAP = 4, kNumColumns = 5 };
@@ -35,13 +36,13 @@ struct DotParams {
 
 template <typename T>
 struct CgParams {
-  T* x;            // [K, N]
-  T* r;            // [K, N]
-  T* p;            // [K, N]
-  const T* ap;     // [K, N]
-  T* state;        // [K, kNumColumns]
-  T* pap_partials; // workspace [K, num_blocks(N)]
-  T* rr_partials;  // workspace [K, num_blocks(N)]
+  T* x;             // [K, N]
+  T* r;             // [K, N]
+  T* p;             // [K, N]
+  const T* ap;      // [K, N]
+  T* state;         // [K, kNumColumns]
+  T* pap_partials;  // workspace [K, num_blocks(N)]
+  T* rr_partials;   // workspace [K, num_blocks(N)]
   int64_t rows, n;
 };
 

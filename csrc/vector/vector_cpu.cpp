@@ -1,11 +1,11 @@
 // CPU kernels of the family `vector`: loops over fixed blocks around the element functions of vector.h.
 //
-// Bound: bytes. A CG step reads p, Ap (p.Ap), reads x, p, r, Ap and writes x, r, then reads r, p and writes p: 11 vector
-// passes; the two reductions in between forbid fewer than three sweeps.
-#include "vector.h"
-
+// Bound: bytes. A CG step reads p, Ap (p.Ap), reads x, p, r, Ap and writes x, r, then reads r, p and writes p: 11
+// vector passes; the two reductions in between forbid fewer than three sweeps.
 #include <algorithm>
 #include <cmath>
+
+#include "vector.h"
 
 namespace mlopt {
 namespace {
@@ -33,42 +33,42 @@ T sum_lanes(const T* lanes) {
   return folded[0];
 }
 
-#define MLOPT_DEFINE_LOOPS(T)                                                                          \
-  MLOPT_CLONES T dot_block(const T* a, const T* b, int64_t n) {                                        \
-    T lanes[kLanes] = {};                                                                              \
-    int64_t i = 0;                                                                                     \
-    for (; i + kLanes <= n; i += kLanes)                                                               \
-      for (int j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * b[i + j];                                \
-    for (int j = 0; i < n; ++i, ++j) lanes[j] += a[i] * b[i];                                          \
-    return sum_lanes(lanes);                                                                           \
-  }                                                                                                    \
-  MLOPT_CLONES T cg_update_block(const CgParams<T>& q, int64_t begin, int64_t n, T alpha) {            \
-    T lanes[kLanes] = {};                                                                              \
-    T* __restrict__ x = q.x + begin;                                                                   \
-    T* __restrict__ r = q.r + begin;                                                                   \
-    const T* __restrict__ p = q.p + begin;                                                             \
-    const T* __restrict__ ap = q.ap + begin;                                                           \
-    const CgParams<T> block{x, r, const_cast<T*>(p), ap, nullptr, nullptr, nullptr, 1, n};             \
-    int64_t i = 0;                                                                                     \
-    for (; i + kLanes <= n; i += kLanes)                                                               \
-      for (int j = 0; j < kLanes; ++j) {                                                               \
-        cg_update_elem(block, i + j, alpha);                                                           \
-        lanes[j] += r[i + j] * r[i + j];                                                               \
-      }                                                                                                \
-    for (int j = 0; i < n; ++i, ++j) {                                                                 \
-      cg_update_elem(block, i, alpha);                                                                 \
-      lanes[j] += r[i] * r[i];                                                                         \
-    }                                                                                                  \
-    return sum_lanes(lanes);                                                                           \
-  }                                                                                                    \
-  MLOPT_CLONES void cg_direction_block(const CgParams<T>& q, int64_t begin, int64_t end, T beta) {     \
-    for (int64_t i = begin; i < end; ++i) cg_direction_elem(q, i, beta);                               \
-  }                                                                                                    \
-  MLOPT_CLONES void neumann_block(const NeumannParams<T>& q, int64_t begin, int64_t end) {             \
-    for (int64_t i = begin; i < end; ++i) neumann_step_elem(q, i);                                     \
-  }                                                                                                    \
-  MLOPT_CLONES void perturb_block(const PerturbParams<T>& q, int64_t begin, int64_t end, T step) {     \
-    for (int64_t i = begin; i < end; ++i) q.out[i] = perturb_elem(q.x[i], step, q.direction[i]);       \
+#define MLOPT_DEFINE_LOOPS(T)                                                                      \
+  MLOPT_CLONES T dot_block(const T* a, const T* b, int64_t n) {                                    \
+    T lanes[kLanes] = {};                                                                          \
+    int64_t i = 0;                                                                                 \
+    for (; i + kLanes <= n; i += kLanes)                                                           \
+      for (int j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * b[i + j];                            \
+    for (int j = 0; i < n; ++i, ++j) lanes[j] += a[i] * b[i];                                      \
+    return sum_lanes(lanes);                                                                       \
+  }                                                                                                \
+  MLOPT_CLONES T cg_update_block(const CgParams<T>& q, int64_t begin, int64_t n, T alpha) {        \
+    T lanes[kLanes] = {};                                                                          \
+    T* __restrict__ x = q.x + begin;                                                               \
+    T* __restrict__ r = q.r + begin;                                                               \
+    const T* __restrict__ p = q.p + begin;                                                         \
+    const T* __restrict__ ap = q.ap + begin;                                                       \
+    const CgParams<T> block{x, r, const_cast<T*>(p), ap, nullptr, nullptr, nullptr, 1, n};         \
+    int64_t i = 0;                                                                                 \
+    for (; i + kLanes <= n; i += kLanes)                                                           \
+      for (int j = 0; j < kLanes; ++j) {                                                           \
+        cg_update_elem(block, i + j, alpha);                                                       \
+        lanes[j] += r[i + j] * r[i + j];                                                           \
+      }                                                                                            \
+    for (int j = 0; i < n; ++i, ++j) {                                                             \
+      cg_update_elem(block, i, alpha);                                                             \
+      lanes[j] += r[i] * r[i];                                                                     \
+    }                                                                                              \
+    return sum_lanes(lanes);                                                                       \
+  }                                                                                                \
+  MLOPT_CLONES void cg_direction_block(const CgParams<T>& q, int64_t begin, int64_t end, T beta) { \
+    for (int64_t i = begin; i < end; ++i) cg_direction_elem(q, i, beta);                           \
+  }                                                                                                \
+  MLOPT_CLONES void neumann_block(const NeumannParams<T>& q, int64_t begin, int64_t end) {         \
+    for (int64_t i = begin; i < end; ++i) neumann_step_elem(q, i);                                 \
+  }                                                                                                \
+  MLOPT_CLONES void perturb_block(const PerturbParams<T>& q, int64_t begin, int64_t end, T step) { \
+    for (int64_t i = begin; i < end; ++i) q.out[i] = perturb_elem(q.x[i], step, q.direction[i]);   \
   }
 
 MLOPT_DEFINE_LOOPS(float)
@@ -106,14 +106,13 @@ void dot_cpu(const DotParams<T>& q, ParallelFor pool) {
     q.partials[k] = dot_block(q.a + begin, q.b + begin, end - begin);
   });
   for (int64_t row = 0; row < q.rows; ++row) {
-    const T sum = blocks == 0 ? T(0) : fold_partials(q.partials, row, blocks);
+    const T sum = fold_partials(q.partials, row, blocks);
     q.out[row] = q.take_sqrt ? std::sqrt(sum) : sum;
   }
 }
 
 template <typename T>
 void cg_step_cpu(const CgParams<T>& q, ParallelFor pool) {
-  if (q.n == 0) return;  // rows of no elements have r.r = 0 and never start to run
   const int64_t blocks = num_blocks(q.n);
   const auto state = [&](int64_t row) { return q.state + row * kNumColumns; };
   const auto runs = [&](int64_t row) { return state(row)[kStatus] == T(kRunning); };
@@ -144,20 +143,18 @@ void cg_step_cpu(const CgParams<T>& q, ParallelFor pool) {
 
 template <typename T>
 void neumann_step_cpu(const NeumannParams<T>& q, ParallelFor pool) {
-  for_each_block(pool, 1, q.numel,
-                 [&](int64_t, int64_t begin, int64_t end, int64_t) { neumann_block(q, begin, end); });
+  for_each_block(pool, 1, q.numel, [&](int64_t, int64_t begin, int64_t end, int64_t) { neumann_block(q, begin, end); });
 }
 
 template <typename T>
 void perturb_cpu(const PerturbParams<T>& q, ParallelFor pool) {
-  for_each_block(pool, q.rows, q.n, [&](int64_t row, int64_t begin, int64_t end, int64_t) {
-    perturb_block(q, begin, end, q.step[row]);
-  });
+  for_each_block(pool, q.rows, q.n,
+                 [&](int64_t row, int64_t begin, int64_t end, int64_t) { perturb_block(q, begin, end, q.step[row]); });
 }
 
-#define MLOPT_INSTANTIATE(T)                                            \
-  template void dot_cpu<T>(const DotParams<T>&, ParallelFor);           \
-  template void cg_step_cpu<T>(const CgParams<T>&, ParallelFor);        \
+#define MLOPT_INSTANTIATE(T)                                               \
+  template void dot_cpu<T>(const DotParams<T>&, ParallelFor);              \
+  template void cg_step_cpu<T>(const CgParams<T>&, ParallelFor);           \
   template void neumann_step_cpu<T>(const NeumannParams<T>&, ParallelFor); \
   template void perturb_cpu<T>(const PerturbParams<T>&, ParallelFor);
 MLOPT_INSTANTIATE(float)

@@ -1,8 +1,8 @@
 // CUDA kernels of the family `vector`.
 //
-// One grid row (blockIdx.y) per row of the tensors. A sum is made of one partial per block of kBlock elements, as on the
-// CPU, and every consumer folds the partials again in one fixed order: no atomics, no synchronization with the host, the
-// same bits on every repeat, and nothing that a CUDA graph could not capture.
+// One grid row (blockIdx.y) per row of the tensors. A sum is made of one partial per block of kBlock elements, as on
+// the CPU, and every consumer folds the partials again in one fixed order: no atomics, no synchronization with the
+// host, the same bits on every repeat, and nothing that a CUDA graph could not capture.
 #include "../common/launch.cuh"
 #include "vector.h"
 
@@ -11,12 +11,18 @@ namespace {
 
 // 65535 rows is the limit of gridDim.y; rows beyond it are reached by the loop over `row`.
 constexpr int64_t kMaxGridRows = 65535;
-constexpr int64_t kMaxGridBlocks = 1 << 20;
+// Blocks that fill the largest devices about twice. More would repeat work: in the CG kernels each folds all partials
+// of its row, so one block per kBlock elements would read a number of partials that is quadratic in N.
+constexpr int64_t kMaxGridBlocks = 2048;
 
+// A grid of at most `blocks` by `rows`; every kernel loops over what the grid leaves.
 inline dim3 grid_for(int64_t blocks, int64_t rows) {
-  return dim3(static_cast<unsigned>(blocks < kMaxGridBlocks ? blocks : kMaxGridBlocks),
-              static_cast<unsigned>(rows < kMaxGridRows ? rows : kMaxGridRows));
+  const int64_t y = rows < kMaxGridRows ? rows : kMaxGridRows;
+  const int64_t most = kMaxGridBlocks > y ? kMaxGridBlocks / y : 1;
+  return dim3(static_cast<unsigned>(blocks < most ? blocks : most), static_cast<unsigned>(y));
 }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sum of a row's partials; every thread of the block gets it.
 template <typename T>
@@ -121,14 +127,14 @@ __global__ void perturb_kernel(PerturbParams<T> q) {
 template <typename T>
 const char* dot_cuda(const DotParams<T>& q, mlopt_stream stream) {
   if (q.rows == 0) return nullptr;
-  if (q.n > 0) MLOPT_LAUNCH(dot_partials_kernel<T>, grid_for(num_blocks(q.n), q.rows), dim3(kThreads), stream, q);
+  MLOPT_LAUNCH(dot_partials_kernel<T>, grid_for(num_blocks(q.n), q.rows), dim3(kThreads), stream, q);
   MLOPT_LAUNCH(dot_finish_kernel<T>, grid_for(q.rows, 1), dim3(kThreads), stream, q);
   return launch_error();
 }
 
 template <typename T>
 const char* cg_step_cuda(const CgParams<T>& q, mlopt_stream stream) {
-  if (q.rows == 0 || q.n == 0) return nullptr;
+  if (q.rows == 0) return nullptr;
   const dim3 grid = grid_for(num_blocks(q.n), q.rows);
   const DotParams<T> pap{q.p, q.ap, nullptr, q.pap_partials, q.rows, q.n, false};
   MLOPT_LAUNCH(dot_partials_kernel<T>, grid, dim3(kThreads), stream, pap);
@@ -141,21 +147,21 @@ const char* cg_step_cuda(const CgParams<T>& q, mlopt_stream stream) {
 template <typename T>
 const char* neumann_step_cuda(const NeumannParams<T>& q, mlopt_stream stream) {
   if (q.numel == 0) return nullptr;
-  MLOPT_LAUNCH(neumann_step_kernel<T>, grid_for(num_blocks(q.numel), 1), dim3(kThreads), stream, q);
+  MLOPT_LAUNCH(neumann_step_kernel<T>, grid_for(ceil_div(q.numel, kThreads), 1), dim3(kThreads), stream, q);
   return launch_error();
 }
 
 template <typename T>
 const char* perturb_cuda(const PerturbParams<T>& q, mlopt_stream stream) {
   if (q.rows == 0 || q.n == 0) return nullptr;
-  MLOPT_LAUNCH(perturb_kernel<T>, grid_for(num_blocks(q.n), q.rows), dim3(kThreads), stream, q);
+  MLOPT_LAUNCH(perturb_kernel<T>, grid_for(ceil_div(q.n, kThreads), q.rows), dim3(kThreads), stream, q);
   return launch_error();
 }
 
-#define MLOPT_INSTANTIATE(T)                                                         \
-  template const char* dot_cuda<T>(const DotParams<T>&, mlopt_stream);               \
-  template const char* cg_step_cuda<T>(const CgParams<T>&, mlopt_stream);            \
-  template const char* neumann_step_cuda<T>(const NeumannParams<T>&, mlopt_stream);  \
+#define MLOPT_INSTANTIATE(T)                                                        \
+  template const char* dot_cuda<T>(const DotParams<T>&, mlopt_stream);              \
+  template const char* cg_step_cuda<T>(const CgParams<T>&, mlopt_stream);           \
+  template const char* neumann_step_cuda<T>(const NeumannParams<T>&, mlopt_stream); \
   template const char* perturb_cuda<T>(const PerturbParams<T>&, mlopt_stream);
 MLOPT_INSTANTIATE(float)
 MLOPT_INSTANTIATE(double)

@@ -5,7 +5,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <type_traits>
+#include <initializer_list>
+#include <utility>
 
 #include "../common/device.h"
 #include "vector.h"
@@ -31,8 +32,33 @@ void check_like(const char* op, const char* name, const at::Tensor& x, const at:
   TORCH_CHECK(x.device() == first.device(), op, ": expected ", name, " on ", first.device(), ", got ", x.device());
 }
 
-void check_written(const char* op, const char* name, const at::Tensor& x) {
-  TORCH_CHECK(x.is_contiguous(), op, ": ", name, " is written and must be contiguous, got strides ", x.strides());
+// The addresses between a tensor's first and last element.
+std::pair<const char*, const char*> span(const at::Tensor& x) {
+  const auto* first = static_cast<const char*>(x.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t k = 0; k < x.dim(); ++k) last += (x.size(k) - 1) * x.stride(k);
+  return {first, first + (last + 1) * static_cast<int64_t>(x.element_size())};
+}
+
+struct Named {
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+// A written tensor is contiguous and shares memory with no other argument: kernels read one while they write another.
+void check_written(const char* op, std::initializer_list<Named> written, std::initializer_list<Named> read) {
+  const auto check_apart = [op](const Named& a, const Named& b) {
+    if (&a == &b || a.tensor.numel() == 0 || b.tensor.numel() == 0) return;
+    const auto [a_begin, a_end] = span(a.tensor);
+    const auto [b_begin, b_end] = span(b.tensor);
+    TORCH_CHECK(a_end <= b_begin || b_end <= a_begin, op, ": ", a.name, " is written and shares memory with ", b.name);
+  };
+  for (const Named& a : written) {
+    TORCH_CHECK(a.tensor.is_contiguous(), op, ": ", a.name, " is written and must be contiguous, got strides ",
+                a.tensor.strides());
+    for (const Named& b : written) check_apart(a, b);
+    for (const Named& b : read) check_apart(a, b);
+  }
 }
 
 void check_scalars(const char* op, const char* name, const at::Tensor& x, const Shape& shape, const at::Tensor& first) {
@@ -82,8 +108,13 @@ at::Tensor dot_or_norm(const char* op, const at::Tensor& a_, const at::Tensor& b
   at::Tensor partials = at::empty({shape.rows * num_blocks(shape.n)}, a.options());
   with_dtype(op, a, [&](auto zero) {
     using T = decltype(zero);
-    const DotParams<T> params{a.const_data_ptr<T>(), b.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
-                              partials.mutable_data_ptr<T>(), shape.rows, shape.n, take_sqrt};
+    const DotParams<T> params{a.const_data_ptr<T>(),
+                              b.const_data_ptr<T>(),
+                              out.mutable_data_ptr<T>(),
+                              partials.mutable_data_ptr<T>(),
+                              shape.rows,
+                              shape.n,
+                              take_sqrt};
     run(op, a, params, dot_cpu<T>, MLOPT_CUDA(dot_cuda<T>));
   });
   return out;
@@ -99,10 +130,7 @@ void cg_step_(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap_
   check_like(op, "r", r, x);
   check_like(op, "p", p, x);
   check_like(op, "ap", ap_, x);
-  check_written(op, "x", x);
-  check_written(op, "r", r);
-  check_written(op, "p", p);
-  check_written(op, "state", state);
+  check_written(op, {{"x", x}, {"r", r}, {"p", p}, {"state", state}}, {{"ap", ap_}});
   TORCH_CHECK(state.numel() == shape.rows * kNumColumns && state.scalar_type() == x.scalar_type() &&
                   state.device() == x.device(),
               op, ": expected state of ", kNumColumns, " columns per row, like the vectors in dtype and device, got ",
@@ -112,9 +140,15 @@ void cg_step_(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap_
   with_dtype(op, x, [&](auto zero) {
     using T = decltype(zero);
     T* first = partials.mutable_data_ptr<T>();
-    const CgParams<T> params{x.mutable_data_ptr<T>(), r.mutable_data_ptr<T>(), p.mutable_data_ptr<T>(),
-                             ap.const_data_ptr<T>(), state.mutable_data_ptr<T>(), first,
-                             first + shape.rows * num_blocks(shape.n), shape.rows, shape.n};
+    const CgParams<T> params{x.mutable_data_ptr<T>(),
+                             r.mutable_data_ptr<T>(),
+                             p.mutable_data_ptr<T>(),
+                             ap.const_data_ptr<T>(),
+                             state.mutable_data_ptr<T>(),
+                             first,
+                             first + shape.rows * num_blocks(shape.n),
+                             shape.rows,
+                             shape.n};
     run(op, x, params, cg_step_cpu<T>, MLOPT_CUDA(cg_step_cuda<T>));
   });
 }
@@ -124,8 +158,7 @@ void neumann_step_(at::Tensor& v, at::Tensor& acc, const at::Tensor& av_, double
   shape_of(op, v);
   check_like(op, "acc", acc, v);
   check_like(op, "av", av_, v);
-  check_written(op, "v", v);
-  check_written(op, "acc", acc);
+  check_written(op, {{"v", v}, {"acc", acc}}, {{"av", av_}});
   const at::Tensor av = av_.contiguous();
   with_dtype(op, v, [&](auto zero) {
     using T = decltype(zero);
@@ -144,8 +177,12 @@ at::Tensor perturb(const at::Tensor& x_, const at::Tensor& direction_, const at:
   at::Tensor out = at::empty(x.sizes(), x.options());
   with_dtype(op, x, [&](auto zero) {
     using T = decltype(zero);
-    const PerturbParams<T> params{x.const_data_ptr<T>(), direction.const_data_ptr<T>(), step.const_data_ptr<T>(),
-                                  out.mutable_data_ptr<T>(), shape.rows, shape.n};
+    const PerturbParams<T> params{x.const_data_ptr<T>(),
+                                  direction.const_data_ptr<T>(),
+                                  step.const_data_ptr<T>(),
+                                  out.mutable_data_ptr<T>(),
+                                  shape.rows,
+                                  shape.n};
     run(op, x, params, perturb_cpu<T>, MLOPT_CUDA(perturb_cuda<T>));
   });
   return out;
