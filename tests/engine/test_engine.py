@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mlopt
-from tests.helpers.bilevel import compiled
+from tests.helpers.bilevel import compiled, make
 
 
 def test_run_records_history():
@@ -60,7 +60,9 @@ def test_bad_counts(argument, value):
 
 
 def test_training_improves_the_upper_loss():
-    plan, *_ = compiled(sizes=(60,), unroll_steps=2)
+    lower, upper = make(sizes=(60,), unroll_steps=2)
+    upper.data = lower.data  # random labels can be learned by heart, not predicted
+    plan = mlopt.compile(mlopt.Graph([lower, upper]), strict=True, progress=False)
     history = mlopt.Engine(plan, steps=200, log_every=20, progress=False).run()
     losses = torch.tensor([v for _, v in history["reweight.loss"]])
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.9 * losses[0]
