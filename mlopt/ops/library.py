@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import warnings
 from typing import Any
 
@@ -25,17 +26,29 @@ def available() -> bool:
     """
     if os.environ.get("MLOPT_DISABLE_EXTENSION") == "1":
         return False
+    problem = _load()
+    if problem is None:
+        return True
+    message = f"the native extension of mlopt {problem}; build it with: {_BUILD}"
+    if os.environ.get("MLOPT_REQUIRE_EXTENSION") == "1":
+        raise ImportError(message)
+    warnings.warn(f"{message}. Until then solver vectors use plain torch operations.", stacklevel=2)
+    return False
+
+
+def _load() -> str | None:
+    """Import the extension, which registers the ops; return what is wrong with it, or None."""
     try:
-        importlib.import_module("mlopt._C")  # importing it registers the ops
+        extension = importlib.import_module("mlopt._C")
+    except ModuleNotFoundError:
+        return "is not built"
     except ImportError as error:
-        missing = error.name == "mlopt._C"
-        reason = "is not built" if missing else f"does not load ({error})"
-        message = f"the native extension of mlopt {reason}; build it with: {_BUILD}"
-        if os.environ.get("MLOPT_REQUIRE_EXTENSION") == "1":
-            raise ImportError(message) from error
-        warnings.warn(f"{message}. Until then solver vectors use plain torch operations.", stacklevel=2)
-        return False
-    return True
+        return f"does not load ({error})"
+    built = extension.build_config()["torch"]
+    # C++ interfaces of torch may change with every release, and not every change fails to link.
+    if not re.match(rf"{re.escape(built)}(\D|$)", torch.__version__):
+        return f"was built for torch {built}, and this is torch {torch.__version__}"
+    return None
 
 
 def build_config() -> dict[str, Any]:

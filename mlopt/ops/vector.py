@@ -9,6 +9,8 @@ that requires a gradient is refused while gradients are enabled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mlopt.ops import library
@@ -18,6 +20,7 @@ from mlopt.ops.state import CgState
 __all__ = ["CgState", "cg_init", "cg_step_", "dot", "neumann_step_", "norm", "perturb"]
 
 _NATIVE_DTYPES = (torch.float32, torch.float64)
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -93,12 +96,8 @@ def cg_step_(x: torch.Tensor, r: torch.Tensor, p: torch.Tensor, ap: torch.Tensor
             or an input requires a gradient.
     """
     _check("cg_step_", x=x, r=r, p=p, ap=ap)
+    _check_scalars("cg_step_", "state", state, (*x.shape[:-1], CgState.NUM_COLUMNS), x)
     _check_written("cg_step_", {"x": x, "r": r, "p": p, "state": state}, {"ap": ap})
-    if state.shape != (*x.shape[:-1], CgState.NUM_COLUMNS):
-        raise ValueError(
-            f"cg_step_: expected state of shape {(*x.shape[:-1], CgState.NUM_COLUMNS)} (from cg_init), got "
-            f"{tuple(state.shape)}"
-        )
     (torch.ops.mlopt.cg_step_ if _native(x) else reference.cg_step_)(x, r, p, ap, state)
 
 
@@ -131,11 +130,10 @@ def perturb(x: torch.Tensor, direction: torch.Tensor, step: torch.Tensor) -> tor
         A new tensor like `x`.
 
     Raises:
-        ValueError: See `dot`, or `step` has another shape.
+        ValueError: See `dot`, or `step` has another shape, dtype or device.
     """
     _check("perturb", x=x, direction=direction)
-    if step.shape != x.shape[:-1]:
-        raise ValueError(f"perturb: expected step of shape {tuple(x.shape[:-1])}, got {tuple(step.shape)}")
+    _check_scalars("perturb", "step", step, x.shape[:-1], x)
     return (torch.ops.mlopt.perturb if _native(x) else reference.perturb)(x, direction, step)
 
 
@@ -158,26 +156,44 @@ def _check(op: str, **tensors: torch.Tensor) -> None:
                 f"{op}: expected {name} like {first_name} ({tuple(first.shape)}, {first.dtype}, {first.device}), got "
                 f"({tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
             )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
-        raise ValueError(f"{op}: not differentiable; call it under torch.no_grad() or on detached tensors")
+        _check_detached(op, name, tensor)
+    _check_detached(op, first_name, first)
+
+
+def _check_scalars(op: str, name: str, scalars: torch.Tensor, shape: Sequence[int], x: torch.Tensor) -> None:
+    dtype = torch.float32 if x.dtype in _HALF_DTYPES else x.dtype
+    if scalars.shape != torch.Size(shape) or scalars.dtype != dtype or scalars.device != x.device:
+        raise ValueError(
+            f"{op}: expected {name} of shape {tuple(shape)}, {dtype}, {x.device}, got "
+            f"({tuple(scalars.shape)}, {scalars.dtype}, {scalars.device})"
+        )
+    _check_detached(op, name, scalars)
+
+
+def _check_detached(op: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: not differentiable, but {name} requires a gradient; call it under torch.no_grad() or on detached "
+            "tensors"
+        )
 
 
 def _check_written(op: str, written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
-    seen: dict[int, str] = {}
-    for name, tensor in {**written, **read}.items():
-        if name in written and not tensor.is_contiguous():
+    for name, tensor in written.items():
+        if not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} is written and must be contiguous, got strides {tensor.stride()}")
-        if tensor.numel() == 0:
-            continue
-        other = seen.setdefault(tensor.untyped_storage()._cdata, name)
-        if other != name and _overlap(tensor, {**written, **read}[other]):
-            raise ValueError(f"{op}: {name} and {other} share memory, and one of them is written; clone it")
+    memory = [(name, *_memory(tensor)) for name, tensor in {**written, **read}.items()]
+    for k, (name, storage, begin, end) in enumerate(memory[: len(written)]):
+        for other, other_storage, other_begin, other_end in memory[k + 1 :]:
+            if storage == other_storage and begin < other_end and other_begin < end:
+                raise ValueError(f"{op}: {other} and {name} share memory, and one of them is written; clone it")
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    def span(t: torch.Tensor) -> tuple[int, int]:
-        start = int(t.storage_offset())
-        return start, start + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-
-    (a0, a1), (b0, b1) = span(a), span(b)
-    return a0 < b1 and b0 < a1
+def _memory(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return the storage and the range of bytes in it that a tensor's elements lie in."""
+    storage, size = tensor.untyped_storage()._cdata, tensor.element_size()
+    begin = int(tensor.storage_offset()) * size
+    if tensor.numel() == 0:
+        return storage, begin, begin
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return storage, begin, begin + (int(last) + 1) * size

@@ -57,6 +57,39 @@ def test_a_required_extension_that_is_missing_is_an_error():
     assert "ImportError: the native extension of mlopt is not built; build it with" in result.stderr
 
 
+# An extension that does not load, or that was built for another torch. Python sets the name of an ImportError in both
+# cases to that of the extension.
+DOES_NOT_LOAD = """
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlopt._C":
+            raise ImportError("undefined symbol: _ZN2at5dummy", name="mlopt._C")
+sys.meta_path.insert(0, Broken())
+"""
+OTHER_TORCH = """
+import sys, types
+sys.modules["mlopt._C"] = types.SimpleNamespace(build_config=lambda: {"torch": "1.13.1"})
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (DOES_NOT_LOAD, "does not load (undefined symbol"),
+        (OTHER_TORCH, "was built for torch 1.13.1, and this is torch"),
+    ],
+    ids=["does-not-load", "other-torch"],
+)
+def test_an_extension_that_does_not_fit_is_reported_and_not_used(code, reason):
+    use = "import mlopt, torch; print(mlopt.ops.dot(torch.ones(3), torch.ones(3)).item(), mlopt.ops.available())"
+    result = run(code + use)
+    assert result.stdout.strip() == "3.0 False", result.stderr
+    assert result.stderr.count("UserWarning") == 1 and reason in result.stderr
+    result = run(code + use, MLOPT_REQUIRE_EXTENSION="1")
+    assert result.returncode != 0 and f"ImportError: the native extension of mlopt {reason}" in result.stderr
+
+
 def test_the_extension_can_be_disabled():
     result = run("import mlopt; print(mlopt.build_config())", MLOPT_DISABLE_EXTENSION="1")
     assert "'extension': False" in result.stdout and result.stderr == ""

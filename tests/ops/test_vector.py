@@ -214,7 +214,7 @@ def test_refusals():
         ops.neumann_step_(vector(10)[::2], vector(5), vector(5), 0.1)
     with pytest.raises(ValueError, match=r"cg_step_: expected state of shape \(5,\)"):
         ops.cg_step_(vector(5), vector(5), vector(5), vector(5), torch.zeros(4, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"perturb: expected step of shape \(\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"perturb: expected step of shape \(\), torch.float64, cpu, got \(\(1,\)"):
         ops.perturb(a, a, torch.ones(1, dtype=torch.float64))
     with torch.no_grad():
         ops.norm(a.clone().requires_grad_())  # fine where no gradient is recorded
