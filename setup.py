@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 # -ffp-contract=off: one rounding per operation on every instruction set, so all of them give the same bits.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-CUDA_ARCHITECTURES = ("80", "90")
+# Machine code for sm_80 and sm_90; the PTX of the last is compiled by the driver on newer devices.
+CUDA_CODE = (("80", "sm_80"), ("90", "sm_90"), ("90", "compute_90"))
 
 
 def read_sources() -> dict[str, list[Path]]:
@@ -92,8 +93,8 @@ class BuildExtension(build_ext):
                         continue
                     command = [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", "-Werror"]
                     command += ["all-warnings"]
-                    for arch in CUDA_ARCHITECTURES:
-                        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+                    for arch, code in CUDA_CODE:
+                        command += ["-gencode", f"arch=compute_{arch},code={code}"]
                 else:
                     command = [compiler, *CXX_FLAGS, *(binding if part == "binding" else [])]
                 commands.append(([*command, "-c", str(source), "-o", str(output)], output))
