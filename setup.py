@@ -151,4 +151,6 @@ def find_cudart(nvcc: str) -> Path:
 
 
 skip = os.environ.get("MLOPT_SKIP_EXTENSION") == "1"
-setup(ext_modules=[] if skip else [Extension("mlopt._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+inputs = [str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()]
+extension = Extension("mlopt._C", sources=[], depends=inputs)  # depends: so that source distributions contain them
+setup(ext_modules=[] if skip else [extension], cmdclass={"build_ext": BuildExtension})
