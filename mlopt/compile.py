@@ -7,6 +7,7 @@ lowers the graphs (`mlopt.backends`), checks them against eager autograd, and ha
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from typing import Any
@@ -17,15 +18,25 @@ from tqdm import tqdm
 from mlopt.autodiff import FlatLayout
 from mlopt.backends import AbstractBackend, get_backend
 from mlopt.capture import LossGraph, capture_loss
-from mlopt.errors import CaptureError, ProblemError, VerificationError, VerificationWarning
+from mlopt.errors import (
+    CaptureError,
+    GraphError,
+    IslandWarning,
+    MloptError,
+    ProblemError,
+    VerificationError,
+    VerificationWarning,
+)
 from mlopt.graph import Graph
-from mlopt.planner import ExecutionPlan, plan_program
+from mlopt.planner import ExecutionPlan, ProductNeeds, plan_program
 from mlopt.runtime.data import Batch, BatchStream
 from mlopt.runtime.derivatives import AbstractDerivatives, GraphDerivatives, differentiate
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport
+from mlopt.runtime.guard import ModuleGuard
 from mlopt.runtime.plan import Plan
 from mlopt.runtime.reference import AutogradDerivatives
+from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
 
 
@@ -34,7 +45,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
 ) -> Plan:
     """Compile a multilevel program.
 
-    Runs every `training_step` a fixed number of times (once to capture it; with ``verify``, up to three times more, on
+    Runs every `training_step` a fixed number of times (once to capture it; with ``verify``, up to four times more, on
     the first batch); the steps that follow run the captured graphs. The first batch of each problem's data is fetched
     and is the one its first step uses. No parameter, buffer, optimizer or random generator is changed.
 
@@ -53,7 +64,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         GraphError: Declared dependencies differ from what the losses read.
         ProblemError: The parameters of one program lie on different devices.
         LossError: A `training_step` returns no differentiable scalar.
-        CaptureError: A `training_step` cannot be captured.
+        CaptureError: A `training_step` cannot be captured (with ``strict``), or fails by itself.
         DataError: A problem's data is empty.
         VerificationError: With ``strict``, a derivative disagrees with plain autograd.
     """
@@ -73,6 +84,14 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
     return Plan(graph, compiler.program, executor, compiler.report)
 
 
+@dataclasses.dataclass(frozen=True)
+class Island:
+    """A problem that runs by plain autograd, and what its loss reads (as in `LossGraph`)."""
+
+    problem: str
+    reads: dict[str, tuple[str, ...]]
+
+
 class Compiler:
     """Holds what is compiled so far, and compiles more when a batch of a new kind comes.
 
@@ -88,7 +107,9 @@ class Compiler:
         self.layouts = {n: FlatLayout.of(n, p.trained_parameters()) for n, p in graph.problems.items()}
         _check_devices(self.layouts)
         self.streams = {name: BatchStream(problem) for name, problem in graph.problems.items()}
-        self.losses: dict[str, LossGraph] = {}  # the first capture of each problem
+        self.losses: dict[str, LossGraph | Island] = {}  # the first capture of each problem
+        self.guard = ModuleGuard(graph.problems)
+        self._first_modes = self.guard.modes()
         self.program: ExecutionPlan | None = None
         self.report = CompileReport(backend.name, self.layouts)
         self._known: dict[tuple[object, ...], AbstractDerivatives] = {}
@@ -101,31 +122,32 @@ class Compiler:
 
     def derive(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return derivatives of a problem's loss that are valid for this batch, compiling them if need be."""
-        key = (name, *batch.signature())
+        key = (name, self.guard.modes(), *batch.signature())
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = self._reuse(name, batch) or self._build(name, batch)
+            known = self._known[key] = self._reuse(key, batch) or self._build(name, batch)
         return known
 
-    def _reuse(self, name: str, batch: Batch) -> AbstractDerivatives | None:
-        kind = _kind(name, batch.signature())
-        return next((d for key, d in self._known.items() if _kind(key[0], key[1:]) == kind and d.accepts(batch)), None)
+    def _reuse(self, key: tuple[Any, ...], batch: Batch) -> AbstractDerivatives | None:
+        kind = _kind(key)
+        return next((d for other, d in self._known.items() if _kind(other) == kind and d.accepts(batch)), None)
 
     def _build(self, name: str, batch: Batch) -> AbstractDerivatives:
         assert self.program is not None, "derivatives are built for a planned program"
-        first = self.losses[name]
-        loss = first if first.batch_spec == batch.spec and first.guard.accepts(batch.tensors) else None
-        loss = loss or self._capture(name, batch)
+        first, needs = self.losses[name], self.program.needs[name]
+        loss = first
+        if isinstance(first, LossGraph) and not self._is_captured(first, batch):
+            loss = self._capture(name, batch)
         if loss.reads != first.reads:
-            raise CaptureError(
-                f"problem {name!r}: on a batch of another kind its loss reads {_names(loss)}, on the first batch it "
-                f"read {_names(first)}; the problem graph must not depend on the batch"
+            raise GraphError(
+                f"problem {name!r}: on a batch of another kind, or in another training mode, its loss reads "
+                f"{_names(loss)}; when the plan was made it read {_names(first)}. The problem graph must not change"
             )
+        if isinstance(loss, Island):
+            return AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
         start = time.perf_counter()
-        needs = self.program.needs[name]
-        derivatives: AbstractDerivatives
         graphs = differentiate(loss, batch, self.layouts, needs)
-        derivatives = GraphDerivatives(graphs, self.backend)
+        derivatives: AbstractDerivatives = GraphDerivatives(graphs, self.backend)
         self.report.seconds["differentiate and lower"] += time.perf_counter() - start
         self.report.add(name, graphs)
         if self.verify:
@@ -134,11 +156,54 @@ class Compiler:
             self.report.seconds["verify"] += time.perf_counter() - start
         return derivatives
 
-    def _capture(self, name: str, batch: Batch) -> LossGraph:
-        problems = list(self.graph.problems.values())
-        for problem in problems:
-            problem.bind(self.graph.problems)  # a problem may also be part of another graph
-        return capture_loss(self.graph.problems[name], problems, batch.tensors, batch.spec)
+    def _is_captured(self, loss: LossGraph, batch: Batch) -> bool:
+        return (
+            loss.batch_spec == batch.spec
+            and self._first_modes == self.guard.modes()
+            and loss.guard.accepts(batch.tensors)
+        )
+
+    def _capture(self, name: str, batch: Batch) -> LossGraph | Island:
+        problems = self.graph.problems
+        for problem in problems.values():
+            problem.bind(problems)  # a problem may also be part of another graph
+        try:
+            loss = capture_loss(problems[name], list(problems.values()), batch.tensors, batch.spec)
+        except CaptureError as error:
+            if self.strict:
+                raise
+            return self._island(name, batch, str(error), error)
+        if not self.verify:
+            return loss
+        missed = missing_reads(self._eager_reads(name, batch), loss.reads)
+        if missed:
+            reason = f"problem {name!r}: capture lost the gradient with respect to {missed}"
+            if self.strict:
+                raise VerificationError(f"{reason}; strict=True was given. compile(..., strict=False) uses autograd")
+            return self._island(name, batch, reason, None)
+        return loss
+
+    def _island(self, name: str, batch: Batch, reason: str, error: CaptureError | None) -> Island:
+        try:
+            reads = self._eager_reads(name, batch)
+        except MloptError:
+            raise
+        except Exception as failure:  # the code itself fails; capture was not at fault
+            raise (error or CaptureError(reason)) from failure
+        warnings.warn(
+            f"{reason}\n  This problem runs by plain autograd on its training_step (an eager island), with the same "
+            "results; everything else is compiled. strict=True makes this an error.",
+            IslandWarning,
+            stacklevel=5,
+        )
+        self.report.islands[name] = reason
+        return Island(name, reads)
+
+    def _eager_reads(self, name: str, batch: Batch) -> dict[str, tuple[str, ...]]:
+        problems = self.graph.problems
+        eager = AutogradDerivatives(problems[name], problems, self.layouts, ProductNeeds())
+        with frozen_random_state(get_random_state(self.layouts[name].device)):
+            return eager.reads(batch)
 
     def _verified(self, name: str, derivatives: AbstractDerivatives, batch: Batch) -> AbstractDerivatives:
         assert self.program is not None
@@ -152,17 +217,27 @@ class Compiler:
         if self.strict:
             raise VerificationError(message + "; strict=True was given. compile(..., strict=False) uses plain autograd")
         warnings.warn(message + "; this problem runs by plain autograd", VerificationWarning, stacklevel=5)
-        self.report.fallbacks[name] = difference
+        self.report.islands[name] = message
         return reference
 
 
-def _kind(name: object, signature: tuple[Any, ...]) -> tuple[object, ...]:
-    """Return what two batches must share for one graph to serve both: all of a signature but sizes and strides."""
-    spec, *tensors = signature
-    return (name, spec, *(dtype for _, _, dtype in tensors))
+def _kind(key: tuple[Any, ...]) -> tuple[object, ...]:
+    """Return what two uses must share for one graph to serve both: all of their key but sizes and strides."""
+    name, modes, spec, *tensors = key
+    return (name, modes, spec, *(dtype for _, _, dtype in tensors))
 
 
-def _names(loss: LossGraph) -> str:
+def missing_reads(found: dict[str, tuple[str, ...]], captured: dict[str, tuple[str, ...]]) -> str:
+    """Return, as text, what plain autograd has a gradient for and the captured loss does not depend on."""
+    return ", ".join(
+        f"{problem}.{name}"
+        for problem, names in found.items()
+        for name in names
+        if name not in captured.get(problem, ())
+    )
+
+
+def _names(loss: LossGraph | Island) -> str:
     return ", ".join(f"{p}.{n}" for p, names in loss.reads.items() for n in names) or "no other problem"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
@@ -29,6 +29,7 @@ class _Box:
     name: str
     lines: list[str]
     level: int
+    is_island: bool = False
     x: float = 0.0  # centre
     y: float = 0.0  # top
 
@@ -41,21 +42,24 @@ class _Box:
         return 34 + _LINE * len(self.lines)
 
 
-def write_svg(path: str | os.PathLike[str], graph: Graph, program: ExecutionPlan | None = None) -> None:
+def write_svg(
+    path: str | os.PathLike[str], graph: Graph, program: ExecutionPlan | None = None, islands: Collection[str] = ()
+) -> None:
     """Draw a problem graph whose edges are known.
 
     Args:
         path: File to write.
         graph: The problem graph.
         program: If given, boxes tell schedules and edges tell estimators and costs.
+        islands: Problems that run by plain autograd; their boxes are dashed.
     """
     with open(path, "w", encoding="utf-8") as file:
-        file.write(to_svg(graph, program))
+        file.write(to_svg(graph, program, islands))
 
 
-def to_svg(graph: Graph, program: ExecutionPlan | None = None) -> str:
+def to_svg(graph: Graph, program: ExecutionPlan | None = None, islands: Collection[str] = ()) -> str:
     """Return the picture as SVG text."""
-    boxes = _place(_boxes(graph, program))
+    boxes = _place(_boxes(graph, program, islands))
     edges = list(graph.nx.edges(data=True))
     body: list[str] = []
     labels: list[str] = []
@@ -105,7 +109,7 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None) -> str:
     )
 
 
-def _boxes(graph: Graph, program: ExecutionPlan | None) -> dict[str, _Box]:
+def _boxes(graph: Graph, program: ExecutionPlan | None, islands: Collection[str] = ()) -> dict[str, _Box]:
     boxes = {}
     for name, level in graph.levels().items():
         problem = graph.problems[name]
@@ -115,7 +119,9 @@ def _boxes(graph: Graph, program: ExecutionPlan | None) -> dict[str, _Box]:
             lowers = program[name].lowers
             due = ", ".join(f"{graph.problems[lower].unroll_steps} of {lower}" for lower in lowers)
             lines.append(f"steps after {due}" if lowers else "steps every time")
-        boxes[name] = _Box(name, lines, level)
+        if name in islands:
+            lines.append("eager island")
+        boxes[name] = _Box(name, lines, level, is_island=name in islands)
     return boxes
 
 
@@ -197,7 +203,8 @@ def _draw_box(box: _Box) -> str:
         )
     return (
         f'<g><rect x="{x:.1f}" y="{y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" rx="7" '
-        f'fill="#f4f7fb" stroke="#34495e" stroke-width="1.4"/>{"".join(texts)}</g>'
+        f'fill="{"#fdf6ec" if box.is_island else "#f4f7fb"}" stroke="#34495e" stroke-width="1.4"'
+        f"{' stroke-dasharray=' + chr(34) + '5 3' + chr(34) if box.is_island else ''}/>{''.join(texts)}</g>"
     )
 
 

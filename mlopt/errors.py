@@ -44,11 +44,15 @@ class NonFiniteError(MloptError, RuntimeError):
 
 
 class StateError(MloptError, ValueError):
-    """A state dict does not belong to this plan."""
+    """The user's objects are no longer those that a plan was compiled for."""
 
 
 class VerificationWarning(UserWarning):
     """A compiled derivative disagrees with eager autograd; the eager one is used from here on."""
+
+
+class IslandWarning(UserWarning):
+    """A problem could not be captured and runs by plain autograd, with the same results (an eager island)."""
 
 
 class SolverWarning(UserWarning):

@@ -209,12 +209,24 @@ def test_capture_failure_quotes_the_line():
     with pytest.raises(
         errors.CaptureError, match=r"'lower': .*could not be captured(.|\n)*if loss > 1:  # data-dependent"
     ):
+        mlopt.compile(mlopt.Graph([problem(step)]), progress=False, strict=True)
+    with pytest.warns(errors.IslandWarning, match=r"if loss > 1:  # data-dependent(.|\n)*runs by plain autograd"):
+        compile_one(step).run(2)
+
+
+def test_code_that_fails_by_itself_is_no_island():
+    def step(self, batch):
+        return self(batch[0].T).mean()  # wrong shape
+
+    with pytest.raises(
+        errors.CaptureError, match=r"self\(batch\[0\].T\).mean\(\)  # wrong shape(.|\n)*the mistake is in"
+    ):
         compile_one(step)
 
 
 def test_loose_tensor_that_requires_a_gradient():
     loose = torch.ones(3, requires_grad=True)
-    with pytest.raises(errors.CaptureError, match="'lower'.*requires a gradient but is no parameter of any problem"):
+    with pytest.raises(errors.ProblemError, match="'lower'.*requires a gradient but is no parameter of any problem"):
         compile_one(lambda self, batch: (self(batch[0]) * loose).mean())
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch.export import Dim
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlopt.capture.batch import BatchSpec
@@ -29,8 +29,9 @@ from mlopt.capture.normalize import (
     return_items_as_tensors,
     written_placeholders,
 )
+from mlopt.capture.output import listening
 from mlopt.capture.record import GraphInput, InputRole, LossGraph, Metric
-from mlopt.errors import CaptureError, LossError, MloptError
+from mlopt.errors import CaptureError, LossError, MloptError, ProblemError
 from mlopt.problem import Problem
 
 
@@ -54,6 +55,7 @@ def capture_loss(
     Raises:
         LossError: `training_step` did not return a differentiable scalar, or a dict with one under ``"loss"``.
         CaptureError: `training_step` cannot be captured; names the user's source line.
+        ProblemError: `training_step` writes to a parameter, or reads a loose tensor that requires a gradient.
         UnknownNameError: `training_step` used an unknown problem name.
     """
     wrapper = _LossModule(problem, problems, spec, len(tensors))
@@ -103,7 +105,14 @@ class _LossModule(nn.Module):
         seen = self.seen
         try:
             batch = self._spec.unflatten(tensors[: self._num_tensors])
-            loss, metrics = split_result(problem.name, problem.training_step(batch))
+            with listening() as listener:
+                result = problem.training_step(batch)
+            if listener.line is not None:
+                raise CaptureError(
+                    f"problem {problem.name!r}: its training_step prints or logs, and a captured one runs only once\n"
+                    f"  at {listener.line}"
+                )
+            loss, metrics = split_result(problem.name, result)
             check_loss(problem.name, loss)
         except MloptError as error:
             seen.error = error
@@ -201,6 +210,12 @@ def _to_record(
     spec: BatchSpec,
     num_tensors: int,
 ) -> LossGraph:
+    for out in exported.graph_signature.output_specs:
+        if out.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"problem {problem.name!r}: its training_step replaces the buffer {out.target!r}; write it in place "
+                "(buffer.copy_(...)) to have it captured"
+            )
     module = fx.GraphModule(exported.graph_module, exported.graph)
     inline_grad_mode_regions(module, problem.name)
     decompose_batch_norm(module, problem.name)
@@ -236,7 +251,7 @@ def _to_record(
             reads.setdefault(inputs[i].problem, []).append(inputs[i].name)
     for i in sorted(written_placeholders(module, placeholders)):
         if inputs[i].role not in (InputRole.BUFFER, InputRole.BATCH):
-            raise CaptureError(
+            raise ProblemError(
                 f"problem {problem.name!r}: its training_step writes in place to the {inputs[i].role.value} tensor "
                 f"{inputs[i].name!r}; only module buffers may be written. Clone it first."
             )
@@ -287,7 +302,7 @@ def _classify(
             "has no place in a graph"
         )
     if tensor.requires_grad:
-        raise CaptureError(
+        raise ProblemError(
             f"problem {problem.name!r}: its training_step reads a tensor of shape {tuple(tensor.shape)} that requires "
             "a gradient but is no parameter of any problem's module, so its gradient would be lost; make it an "
             "nn.Parameter of the module of the problem that trains it"

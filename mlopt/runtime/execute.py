@@ -11,6 +11,7 @@ import torch
 
 from mlopt import ops
 from mlopt.autodiff import FlatLayout
+from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
 from mlopt.linalg import FunctionOperator, Outcome, Solution
 from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solve, Update
@@ -116,7 +117,7 @@ class Executor:
     def hypergradient(self, name: str, batch: Batch | None) -> list[torch.Tensor | None]:
         """Return the total gradient of a problem at the present state; nothing is changed."""
         batch = self.states[name].stream.peek() if batch is None else batch
-        with frozen_random_state(get_random_state(self.layouts[name].device)):
+        with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
             run = self._run(name, batch, keep_guesses=False)
         return self._total_gradient(name, run)
 

@@ -24,7 +24,7 @@ class CompileReport:
         seconds: Wall time per stage.
         graphs: Problem -> list of (graph name -> number of calls in it), one entry per capture.
         residuals: Problem -> how many values the primal half hands to the tangent halves.
-        fallbacks: Problem -> why it runs by plain autograd.
+        islands: Problem -> why it runs by plain autograd.
     """
 
     backend: str
@@ -34,7 +34,7 @@ class CompileReport:
     )
     graphs: dict[str, list[dict[str, int]]] = dataclasses.field(default_factory=dict)
     residuals: dict[str, int] = dataclasses.field(default_factory=dict)
-    fallbacks: dict[str, str] = dataclasses.field(default_factory=dict)
+    islands: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, graphs: DerivativeGraphs) -> None:
         """Record the graphs of one capture of a problem."""
@@ -72,8 +72,10 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
             label = name if i == 0 else f"{name} (capture {i + 1})"
             rows.append((label, ", ".join(f"{key} {count}" for key, count in calls.items()), _residuals(report, name)))
     lines += _table(rows)
-    for name, reason in report.fallbacks.items():
-        lines.append(f"  {name} runs by plain autograd: {reason}")
+    if report.islands:
+        lines += ["", "eager islands (plain autograd on the user's code, same results)"]
+        lines += [f"  {name}: {reason}".replace("\n", "\n    ") for name, reason in report.islands.items()]
+        lines.append("")
     lines.append("compile time: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()))
     return "\n".join(lines)
 

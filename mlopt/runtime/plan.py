@@ -109,7 +109,7 @@ class Plan:
         Args:
             path: Where to write; by convention it ends in ``.svg``.
         """
-        write_svg(path, self.graph, self.program)
+        write_svg(path, self.graph, self.program, islands=set(self._report.islands))
 
     def __repr__(self) -> str:
         """Name the problems and the steps made."""

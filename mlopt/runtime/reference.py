@@ -7,13 +7,15 @@ them, and the fallback where they are wrong.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlopt.autodiff import FlatLayout
 from mlopt.capture.export import check_loss, split_result
+from mlopt.capture.output import silenced
 from mlopt.planner import ProductNeeds
 from mlopt.problem import Problem
 from mlopt.runtime.data import Batch
@@ -61,13 +63,31 @@ class AutogradDerivatives(AbstractDerivatives):
             cotangents = {
                 name: self._layouts[name].flatten([next(gradients) for _ in group]) for name, group in reads.items()
             }
-            moved = [(live, copy) for live, copy in buffers if not torch.equal(live, copy)]
+            moved = [(live, now()) for live, now in buffers if not torch.equal(live, now())]
         detached = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
         return GradientResult(loss.detach().reshape(()), detached, own_gradients, cotangents, moved)
 
+    def reads(self, batch: Batch) -> dict[str, tuple[str, ...]]:
+        """Return, for each other problem, the names of its trained parameters that the loss has a gradient for."""
+        parameters = [
+            (name, key, p)
+            for name, problem in self._problems.items()
+            if name != self._problem.name
+            for key, p in problem.trained_parameters().items()
+        ]
+        with silenced(), self._buffers():
+            loss, _ = self._loss(batch)
+            wanted = [p for _, _, p in parameters]
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+        found: dict[str, list[str]] = {}
+        for (name, key, _), gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                found.setdefault(name, []).append(key)
+        return {name: tuple(keys) for name, keys in found.items()}
+
     def linearize(self, batch: Batch) -> AbstractLinearization:
-        """Run `training_step` and keep its gradient differentiable."""
-        with self._buffers():
+        """Run `training_step`, silently, and keep its gradient differentiable."""
+        with silenced(), self._buffers():
             loss, _ = self._loss(batch)
             own = list(self._problem.trained_parameters().values())
             gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
@@ -80,7 +100,7 @@ class AutogradDerivatives(AbstractDerivatives):
         before = [p.detach().clone() for p in parameters]
         _assign(parameters, self._layouts[self._problem.name].split(own))
         try:
-            with self._buffers():
+            with silenced(), self._buffers():
                 loss, _ = self._loss(batch)
                 groups = {name: self._parameters(name) for name in self._needs.read_gradients}
                 gradients = iter(
@@ -104,8 +124,8 @@ class AutogradDerivatives(AbstractDerivatives):
         return loss, metrics
 
     @contextlib.contextmanager
-    def _buffers(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Let the pass write to copies of all module buffers; yields (live buffer, copy) pairs.
+    def _buffers(self) -> Iterator[list[tuple[torch.Tensor, Callable[[], torch.Tensor]]]]:
+        """Let the pass write to copies of all module buffers; yields (live buffer, its value in this pass) pairs.
 
         The modules are given other tensors, rather than their values back afterwards: autograd has saved the buffers
         and refuses to differentiate through ones that were written since.
@@ -121,7 +141,8 @@ class AutogradDerivatives(AbstractDerivatives):
         for module, name, live in places:
             module._buffers[name] = copies[id(live)][1]
         try:
-            yield list(copies.values())
+            # Looked up when asked for: training_step may have replaced a buffer instead of writing to it.
+            yield [(live, functools.partial(module.get_buffer, name)) for module, name, live in places]
         finally:
             for module, name, live in places:
                 module._buffers[name] = live

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from mlopt.autodiff import FlatLayout
+from mlopt.capture.output import silenced
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives
@@ -54,7 +55,7 @@ def find_disagreement(
     state = get_random_state(layout.device)
     with frozen_random_state(state):
         got = dict(_evaluate(compiled, batch, layout, own, needs))
-    with frozen_random_state(state):
+    with frozen_random_state(state), silenced():
         expected = dict(_evaluate(reference, batch, layout, own, needs))
     for name in expected | got:
         # A buffer that only one side reports was left alone by the other.

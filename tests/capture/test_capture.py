@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mlopt
-from mlopt.errors import CaptureError
+from mlopt.errors import ProblemError
 
 
 @dataclasses.dataclass
@@ -201,7 +201,7 @@ def test_write_to_a_parameter_is_refused():
             self.module[0].weight.clamp_(-1, 1)
         return self.module(batch[0]).square().mean()
 
-    with pytest.raises(CaptureError, match="'p'.*writes in place to the own tensor '0.weight'"):
+    with pytest.raises(ProblemError, match="'p'.*writes in place to the own tensor '0.weight'"):
         compile_loss(step)
 
 

@@ -1,0 +1,78 @@
+"""`ModuleGuard`: notices that the user's modules are no longer those that were compiled.
+
+Plans read live parameters, so their values may change at will. What may not change is what the graphs were built for:
+which modules and parameters there are, their shapes, dtypes and devices, and which of them are trained. Training and
+evaluation mode may change: it is part of the key under which graphs are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from mlopt.errors import StateError
+from mlopt.problem import Problem
+
+
+class ModuleGuard:
+    """Remembers the structure of all problems' modules.
+
+    Args:
+        problems: The problems by name.
+    """
+
+    def __init__(self, problems: Mapping[str, Problem]) -> None:
+        self._problems = dict(problems)
+        self._roots = {name: p.module for name, p in problems.items()}
+        self._modules = [
+            (name, path, module, _structure(module))
+            for name, p in problems.items()
+            for path, module in p.module.named_modules()
+        ]
+        self._parameters = [
+            (name, path, p, p.shape, p.dtype, p.device, p.requires_grad)
+            for name, problem in problems.items()
+            for path, p in problem.module.named_parameters()
+        ]
+        self._held = {name: _num_held(p) for name, p in problems.items()}
+
+    def modes(self) -> tuple[bool, ...]:
+        """Check that nothing has changed, and return the training mode of every module.
+
+        Raises:
+            StateError: Something has; names the problem and the module or parameter.
+        """
+        for name, root in self._roots.items():
+            if self._problems[name].module is not root:
+                raise _changed(name, "its module was replaced by another object")
+            if _num_held(self._problems[name]) != self._held[name]:
+                raise _changed(name, "its optimizer holds another number of parameters")
+        for name, path, module, structure in self._modules:
+            if _structure(module) != structure:
+                raise _changed(name, f"a submodule, parameter or buffer of {path or 'its module'!r} was replaced")
+        for name, path, p, shape, dtype, device, trained in self._parameters:
+            if p.dtype != dtype or p.device != device or p.shape != shape or p.requires_grad != trained:
+                now = f"{p.dtype} {tuple(p.shape)} on {p.device}, requires_grad={p.requires_grad}"
+                was = f"{dtype} {tuple(shape)} on {device}, requires_grad={trained}"
+                raise _changed(name, f"parameter {path!r} is {now}, it was {was}")
+        return tuple([module.training for _, _, module, _ in self._modules])
+
+
+def _structure(module: nn.Module) -> tuple[int, ...]:
+    return (
+        *map(id, module._parameters.values()),
+        *map(id, module._modules.values()),
+        *map(id, module._buffers.values()),
+    )
+
+
+def _num_held(problem: Problem) -> int:
+    return sum(len(group["params"]) for group in problem.optimizer.param_groups)
+
+
+def _changed(name: str, what: str) -> StateError:
+    return StateError(
+        f"problem {name!r}: {what} after mlopt.compile; the compiled graphs no longer describe it. Call "
+        "mlopt.compile(graph) again"
+    )
