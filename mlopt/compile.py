@@ -8,6 +8,7 @@ lowers the graphs (`mlopt.backends`), checks them against eager autograd, and ha
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 import warnings
 from typing import Any
@@ -30,7 +31,7 @@ from mlopt.errors import (
 from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan, ProductNeeds, plan_program
 from mlopt.runtime.data import Batch, BatchStream
-from mlopt.runtime.derivatives import AbstractDerivatives, GraphDerivatives, differentiate
+from mlopt.runtime.derivatives import AbstractDerivatives, DerivativeGraphs, GraphDerivatives, differentiate
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport
 from mlopt.runtime.guard import ModuleGuard
@@ -38,6 +39,8 @@ from mlopt.runtime.plan import Plan
 from mlopt.runtime.reference import AutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
+
+logger = logging.getLogger(__name__)
 
 
 def compile(  # noqa: A001 - the name users know from torch.compile and re.compile
@@ -146,7 +149,9 @@ class Compiler:
         if isinstance(loss, Island):
             return AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
         start = time.perf_counter()
-        graphs = differentiate(loss, batch, self.layouts, needs)
+        graphs = self._differentiate(loss, batch, needs)
+        if isinstance(graphs, Island):
+            return AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
         derivatives: AbstractDerivatives = GraphDerivatives(graphs, self.backend)
         self.report.seconds["differentiate and lower"] += time.perf_counter() - start
         self.report.add(name, graphs)
@@ -155,6 +160,23 @@ class Compiler:
             derivatives = self._verified(name, derivatives, batch)
             self.report.seconds["verify"] += time.perf_counter() - start
         return derivatives
+
+    def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
+        try:
+            return differentiate(loss, batch, self.layouts, needs)
+        except Exception:
+            logger.debug("differentiating %s with free sizes failed; trying fixed ones", loss.problem, exc_info=True)
+        try:  # some operations (recurrent ones on the CPU) have no derivative for symbolic sizes
+            fixed = dataclasses.replace(loss, dynamic_dims=tuple(frozenset[int]() for _ in loss.inputs))
+            return differentiate(fixed, batch, self.layouts, needs)
+        except Exception as error:
+            reason = (
+                f"problem {loss.problem!r}: its loss was captured but could not be differentiated as a graph\n"
+                f"  {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            )
+            if self.strict:
+                raise CaptureError(reason) from error
+            return self._island(loss.problem, batch, reason, None)
 
     def _is_captured(self, loss: LossGraph, batch: Batch) -> bool:
         return (

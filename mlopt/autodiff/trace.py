@@ -62,7 +62,10 @@ def trace(
     shape_env = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     examples = [_fake(fake_mode, t, dims) for t, dims in zip(inputs, dynamic_dims, strict=True)]
-    with fake_mode, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    # Fused attention has no second derivative, and oneDNN's recurrent layers have none that can be traced: both are
+    # recorded as elementary operations. (Convolutions are not affected: their kernel is chosen when the graph runs.)
+    elementary = (sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False))
+    with fake_mode, torch.enable_grad(), elementary[0], elementary[1]:
         recorded = make_fx(lambda *xs: tuple(function(list(xs))))(*examples)
         with torch.no_grad():
             functional = torch.func.functionalize(recorded, remove="mutations")

@@ -105,8 +105,15 @@ class _LossModule(nn.Module):
         seen = self.seen
         try:
             batch = self._spec.unflatten(tensors[: self._num_tensors])
+            before = _buffers(self)
             with listening() as listener:
                 result = problem.training_step(batch)
+            replaced = [name for name, buffer in _buffers(self).items() if before.get(name) is not buffer]
+            if replaced:  # torch.export would lose the write
+                raise CaptureError(
+                    f"problem {problem.name!r}: its training_step replaces the buffer {replaced[0]!r}; write it "
+                    "in place (buffer.copy_(...)) to have it captured"
+                )
             if listener.line is not None:
                 raise CaptureError(
                     f"problem {problem.name!r}: its training_step prints or logs, and a captured one runs only once\n"
@@ -130,6 +137,10 @@ class _LossModule(nn.Module):
             else:
                 seen.constant_metrics[name] = value
         return loss.reshape(()), *outputs
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_buffers(remove_duplicate=False))
 
 
 def split_result(problem: str, result: Any) -> tuple[torch.Tensor, Mapping[str, Any]]:
@@ -210,12 +221,7 @@ def _to_record(
     spec: BatchSpec,
     num_tensors: int,
 ) -> LossGraph:
-    for out in exported.graph_signature.output_specs:
-        if out.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(
-                f"problem {problem.name!r}: its training_step replaces the buffer {out.target!r}; write it in place "
-                "(buffer.copy_(...)) to have it captured"
-            )
+    assert all(o.kind is OutputKind.USER_OUTPUT for o in exported.graph_signature.output_specs)
     module = fx.GraphModule(exported.graph_module, exported.graph)
     inline_grad_mode_regions(module, problem.name)
     decompose_batch_norm(module, problem.name)

@@ -44,10 +44,14 @@ def hypergradient(lower_loss, upper_loss, theta, lam, solve):
     upper = upper_loss()
     direct = flat(grad(upper, lam, retain_graph=True))
     v = flat(grad(upper, theta))
-    gradient = torch.autograd.grad(lower_loss(), theta, create_graph=True)
+    gradient = torch.autograd.grad(lower_loss(), theta, create_graph=True, allow_unused=True)
 
-    def hvp(vector):
-        return flat(grad(gradient, theta, unflat(vector, theta), retain_graph=True))
+    def product(vector, inputs):
+        pairs = zip(gradient, unflat(vector, theta), strict=True)
+        pairs = [(g, part) for g, part in pairs if g is not None and g.requires_grad]
+        if not pairs:
+            return flat([torch.zeros_like(x) for x in inputs])
+        return flat(grad([g for g, _ in pairs], inputs, [part for _, part in pairs], retain_graph=True))
 
-    q = solve(hvp, v)
-    return direct - flat(grad(gradient, lam, unflat(q, theta)))
+    q = solve(lambda vector: product(vector, theta), v)
+    return direct - product(q, lam)
