@@ -48,7 +48,7 @@ def load(
 
     Args:
         seed: Draws the split and the corruption; the dtype does not change them.
-        noise: Share of the training labels that is replaced, each by one of the nine other classes, uniformly.
+        noise: Share of the training labels that is replaced, each by one of the nine other classes.
         num_meta: Images in the clean meta set.
         num_test: Images in the test set.
         dtype: Dtype of the images.
@@ -58,7 +58,7 @@ def load(
     images = torch.tensor(raw.data / 16.0, dtype=dtype)
     labels = torch.tensor(raw.target, dtype=torch.int64)
     order = torch.randperm(len(images), generator=generator)
-    meta, test, train = order[:num_meta], order[num_meta : num_meta + num_test], order[num_meta + num_test :]
+    meta, test, train = order.split([num_meta, num_test, len(order) - num_meta - num_test])
     corrupt = torch.randperm(len(train), generator=generator) < round(noise * len(train))
     shift = torch.randint(1, NUM_CLASSES, (len(train),), generator=generator)
     noisy = torch.where(corrupt, (labels[train] + shift) % NUM_CLASSES, labels[train])
