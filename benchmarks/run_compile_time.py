@@ -1,6 +1,6 @@
 """Where does the time of mlopt.compile go, for ResNet-32 with Meta-Weight-Net? And what does a guard cost?
 
-    python benchmarks/run_compile_time.py [--threads 2] [--profile]
+python benchmarks/run_compile_time.py [--threads 2] [--profile]
 """
 
 from __future__ import annotations

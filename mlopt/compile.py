@@ -25,6 +25,7 @@ from mlopt.errors import (
     IslandWarning,
     MloptError,
     ProblemError,
+    StructureWarning,
     VerificationError,
     VerificationWarning,
 )
@@ -79,6 +80,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
             bar.update()
         graph.set_reads({name: loss.reads for name, loss in compiler.losses.items()})
         compiler.program = plan_program(graph)
+        compiler.warn_about_unreached()
         for name in graph.problems:
             bar.set_postfix_str(f"differentiate and lower {name}")
             compiler.derive(name, compiler.streams[name].peek())
@@ -89,10 +91,11 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
 
 @dataclasses.dataclass(frozen=True)
 class Island:
-    """A problem that runs by plain autograd, and what its loss reads (as in `LossGraph`)."""
+    """A problem that runs by plain autograd, and what its loss reads and uses (as in `LossGraph`)."""
 
     problem: str
     reads: dict[str, tuple[str, ...]]
+    used_own: frozenset[str]
 
 
 class Compiler:
@@ -122,6 +125,20 @@ class Compiler:
         start = time.perf_counter()
         self.losses[name] = self._capture(name, self.streams[name].peek())
         self.report.seconds["capture"] += time.perf_counter() - start
+
+    def warn_about_unreached(self) -> None:
+        """Warn of a problem whose hypergradient is zero by structure: no loss depends on its parameters."""
+        assert self.program is not None
+        for name, loss in self.losses.items():
+            trained = self.graph.problems[name].trained_parameters()
+            if not (loss.used_own | self.program[name].reached).intersection(trained):
+                warnings.warn(
+                    f"problem {name!r}: its hypergradient is zero. Neither its own loss nor the loss of a problem "
+                    f"below it depends on its parameters ({', '.join(trained)}): read them as self.{name}(...) in the "
+                    "training_step that they are to shape, without detach or no_grad",
+                    StructureWarning,
+                    stacklevel=3,
+                )
 
     def derive(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return derivatives of a problem's loss that are valid for this batch, compiling them if need be."""
@@ -197,7 +214,7 @@ class Compiler:
             return self._island(name, batch, str(error), error)
         if not self.verify:
             return loss
-        missed = missing_reads(self._eager_reads(name, batch), loss.reads)
+        missed = missing_reads(self._eager_reads(name, batch), {**loss.reads, name: tuple(loss.used_own)})
         if missed:
             reason = f"problem {name!r}: capture lost the gradient with respect to {missed}"
             if self.strict:
@@ -219,7 +236,8 @@ class Compiler:
             stacklevel=5,
         )
         self.report.islands[name] = reason
-        return Island(name, reads)
+        own = reads.pop(name, ())
+        return Island(name, reads, frozenset(own))
 
     def _eager_reads(self, name: str, batch: Batch) -> dict[str, tuple[str, ...]]:
         problems = self.graph.problems

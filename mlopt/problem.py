@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mlopt.errors import ProblemError, UnknownNameError
 
@@ -35,7 +36,9 @@ class Problem:
             hyperparameters); a parameter it does not hold is not trained.
         data: An iterable of batches that can be iterated again (a `DataLoader`, a list), or None when
             `training_step` needs no batch (it is then given None). A batch is any nesting of dicts, lists, tuples and
-            named tuples of tensors and plain Python values. Tensors are moved to the device of the parameters.
+            named tuples of tensors and plain Python values. Tensors are moved to the device of the parameters. Several
+            loaders, as a dict or as a tuple or list of `DataLoader`, give one batch of all of them in a dict or tuple;
+            each starts over by itself when it ends.
         scheduler: Optional learning-rate scheduler; its ``step()`` is called after each optimizer step.
         hypergradient: How the derivative of this problem's optimum is estimated when a problem above it asks for a
             hypergradient: `mlopt.CG`, `mlopt.Neumann`, `mlopt.FiniteDifference` or a subclass of
@@ -54,7 +57,7 @@ class Problem:
         *,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        data: Iterable[Any] | None = None,
+        data: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         scheduler: Any = None,
         hypergradient: AbstractEstimator | None = None,
         unroll_steps: int = 1,
@@ -106,6 +109,14 @@ class Problem:
         """
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {n: p for n, p in self.module.named_parameters() if id(p) in held and p.requires_grad}
+
+    def loaders(self) -> dict[str, Iterable[Any]] | list[Iterable[Any]] | None:
+        """Return the loaders if `data` holds several, else None."""
+        if isinstance(self.data, Mapping):
+            return dict(self.data)
+        if isinstance(self.data, list | tuple) and self.data and all(isinstance(d, DataLoader) for d in self.data):
+            return list(self.data)
+        return None
 
     def bind(self, peers: Mapping[str, Problem]) -> None:
         """Make the other problems of a graph reachable as attributes (called by `Graph`)."""
@@ -159,11 +170,19 @@ class Problem:
                 f"problem {self.name!r}, argument `optimizer`: none of the parameters it holds requires a gradient; "
                 "there is nothing to train"
             )
-        if hasattr(self.data, "__len__") and len(self.data) == 0:  # type: ignore[arg-type]
-            raise ProblemError(
-                f"problem {self.name!r}, argument `data`: the loader is empty (length 0); it must yield at least "
-                "one batch (drop_last=True on a data set smaller than the batch size?)"
-            )
+        loaders = self.loaders()
+        entries: list[tuple[str, Any]] = _labelled(loaders) if loaders else [("", self.data)]
+        for label, data in entries:
+            if hasattr(data, "__len__") and len(data) == 0:
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `data`{label}: the loader is empty (length 0); it must yield at "
+                    "least one batch (drop_last=True on a data set smaller than the batch size?)"
+                )
+            if loaders and (not isinstance(data, Iterable) or isinstance(data, torch.Tensor)):
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `data`{label}: expected a loader (an iterable of batches), got "
+                    f"{type(data).__name__}"
+                )
         if self.data is not None and not isinstance(self.data, Iterable):
             raise ProblemError(
                 f"problem {self.name!r}, argument `data`: expected an iterable of batches or None, got "
@@ -175,6 +194,11 @@ class Problem:
                 raise ProblemError(
                     f"problem {self.name!r}, argument `{argument}`: expected an integer >= {least}, got {value!r}"
                 )
+
+
+def _labelled(loaders: dict[str, Iterable[Any]] | list[Iterable[Any]]) -> list[tuple[str, Any]]:
+    items = loaders.items() if isinstance(loaders, dict) else enumerate(loaders)
+    return [(f"[{key!r}]", loader) for key, loader in items]
 
 
 def _check_name(name: Any, cls: type[Problem]) -> None:

@@ -99,7 +99,11 @@ def return_items_as_tensors(module: fx.GraphModule) -> set[int]:
 
 
 def depends_on(root: fx.Node, placeholders: Sequence[fx.Node]) -> set[int]:
-    """Return the positions of the placeholders that the value of `root` depends on, writes through views included."""
+    """Return the positions of the placeholders that `root` has a derivative for, writes through views included.
+
+    A dependence ends at ``detach`` (regions without gradients are captured so, too) and at values without derivative
+    (integers, truth values).
+    """
     bases = _alias_bases(root.graph)
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in root.graph.nodes:
@@ -111,9 +115,19 @@ def depends_on(root: fx.Node, placeholders: Sequence[fx.Node]) -> set[int]:
         if node in seen:
             continue
         seen.add(node)
+        if node.target in _DETACH or not _has_derivative(node):
+            continue
         stack.extend(node.all_input_nodes)
         stack.extend(writers.get(bases[node], ()))
     return {i for i, p in enumerate(placeholders) if p in seen}
+
+
+_DETACH = {aten.detach.default, aten.detach_.default}
+
+
+def _has_derivative(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
 
 
 def written_placeholders(module: fx.GraphModule, placeholders: Sequence[fx.Node]) -> set[int]:

@@ -68,17 +68,15 @@ class AutogradDerivatives(AbstractDerivatives):
         return GradientResult(loss.detach().reshape(()), detached, own_gradients, cotangents, moved)
 
     def reads(self, batch: Batch) -> dict[str, tuple[str, ...]]:
-        """Return, for each other problem, the names of its trained parameters that the loss has a gradient for."""
+        """Return, for each problem, the names of its trained parameters that the loss has a gradient for."""
         parameters = [
             (name, key, p)
             for name, problem in self._problems.items()
-            if name != self._problem.name
             for key, p in problem.trained_parameters().items()
         ]
         with silenced(), self._buffers():
             loss, _ = self._loss(batch)
-            wanted = [p for _, _, p in parameters]
-            gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+            gradients = torch.autograd.grad(loss, [p for _, _, p in parameters], allow_unused=True)
         found: dict[str, list[str]] = {}
         for (name, key, _), gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
