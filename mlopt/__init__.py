@@ -7,7 +7,7 @@ from mlopt import errors, linalg
 from mlopt.compile import compile  # noqa: A004 - the name users know from torch.compile
 from mlopt.engine import Callback, Engine
 from mlopt.graph import Graph
-from mlopt.hypergradient import CG, AbstractEstimator, FiniteDifference, Neumann
+from mlopt.hypergradient import CG, AbstractEstimator, Dense, FiniteDifference, Identity, Neumann, Nystrom
 from mlopt.ops import build_config
 from mlopt.problem import Problem
 from mlopt.runtime import Plan
@@ -18,10 +18,13 @@ __all__ = [
     "CG",
     "AbstractEstimator",
     "Callback",
+    "Dense",
     "Engine",
     "FiniteDifference",
     "Graph",
+    "Identity",
     "Neumann",
+    "Nystrom",
     "Plan",
     "Problem",
     "build_config",

@@ -30,7 +30,7 @@ from mlopt.errors import (
     VerificationWarning,
 )
 from mlopt.graph import Graph
-from mlopt.planner import ExecutionPlan, ProductNeeds, plan_program
+from mlopt.planner import ExecutionPlan, ProductNeeds, Solve, plan_program
 from mlopt.runtime.data import Batch, BatchStream
 from mlopt.runtime.derivatives import AbstractDerivatives, DerivativeGraphs, GraphDerivatives, differentiate
 from mlopt.runtime.execute import Executor
@@ -66,7 +66,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
 
     Raises:
         GraphError: Declared dependencies differ from what the losses read.
-        ProblemError: The parameters of one program lie on different devices.
+        ProblemError: The parameters of one program lie on different devices, or an estimator refuses a problem.
         LossError: A `training_step` returns no differentiable scalar.
         CaptureError: A `training_step` cannot be captured (with ``strict``), or fails by itself.
         DataError: A problem's data is empty.
@@ -80,6 +80,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
             bar.update()
         graph.set_reads({name: loss.reads for name, loss in compiler.losses.items()})
         compiler.program = plan_program(graph)
+        compiler.check_estimators()
         compiler.warn_about_unreached()
         for name in graph.problems:
             bar.set_postfix_str(f"differentiate and lower {name}")
@@ -125,6 +126,20 @@ class Compiler:
         start = time.perf_counter()
         self.losses[name] = self._capture(name, self.streams[name].peek())
         self.report.seconds["capture"] += time.perf_counter() - start
+
+    def check_estimators(self) -> None:
+        """Let every estimator that is used look at the size of its problem.
+
+        Raises:
+            ProblemError: An estimator refuses.
+        """
+        assert self.program is not None
+        used = {i.problem: i.estimator for p in self.program.problems for i in p.instructions if isinstance(i, Solve)}
+        for name, estimator in used.items():
+            try:
+                estimator.check(name, self.layouts[name].size)
+            except ValueError as error:
+                raise ProblemError(str(error)) from None
 
     def warn_about_unreached(self) -> None:
         """Warn of a problem whose hypergradient is zero by structure: no loss depends on its parameters."""

@@ -185,8 +185,8 @@ def _edge_lines(source: str, reader: str, data: dict[str, object], program: Exec
     count = len(data["parameters"])  # type: ignore[arg-type]
     lines = [f"{reader} reads {count} tensor{'' if count == 1 else 's'}"]
     if program is not None and data["kind"] == "upper_to_lower" and reader in {p.name for p in program.problems}:
-        estimator = program[reader].estimator
-        most = estimator.max_hvps
+        estimator, size = program[reader].estimator, program[reader].size
+        most = estimator.max_hvps(size)
         cost = f"at most {most} Hessian products" if most else "no Hessian product"
         lines += [f"hypergradient by {type(estimator).__name__}", cost]
     return lines

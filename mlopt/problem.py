@@ -8,6 +8,7 @@ a `Graph` tells the problem the names of its peers.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,11 @@ class Problem:
             `mlopt.AbstractEstimator`. Default: ``mlopt.CG()``.
         unroll_steps: Optimizer steps this problem makes between two steps of a problem above it.
         warmup_steps: Optimizer steps this problem makes before any problem above it steps for the first time.
+        gradient_accumulation: Micro-batches per optimizer step; the loss of a step is their mean. A hypergradient
+            through this problem takes all of them, too.
+        clip_norm: Scale the gradient (for a problem above others: the hypergradient) down to this Euclidean norm
+            where it is longer, before the optimizer steps.
+        normalize_gradient: Scale the gradient to norm 1 (to `clip_norm`, if given) before the optimizer steps.
 
     Raises:
         ProblemError: A name that is no identifier or that hides an attribute of `Problem`, step counts that are not
@@ -62,6 +68,9 @@ class Problem:
         hypergradient: AbstractEstimator | None = None,
         unroll_steps: int = 1,
         warmup_steps: int = 0,
+        gradient_accumulation: int = 1,
+        clip_norm: float | None = None,
+        normalize_gradient: bool = False,
     ) -> None:
         _check_name(name, type(self))
         self.name = name
@@ -72,6 +81,9 @@ class Problem:
         self.hypergradient = hypergradient
         self.unroll_steps = unroll_steps
         self.warmup_steps = warmup_steps
+        self.gradient_accumulation = gradient_accumulation
+        self.clip_norm = clip_norm
+        self.normalize_gradient = normalize_gradient
         self._peers: dict[str, Problem] = {}
         self._check()
 
@@ -188,12 +200,17 @@ class Problem:
                 f"problem {self.name!r}, argument `data`: expected an iterable of batches or None, got "
                 f"{type(self.data).__name__}"
             )
-        for argument, least in (("unroll_steps", 1), ("warmup_steps", 0)):
+        for argument, least in (("unroll_steps", 1), ("warmup_steps", 0), ("gradient_accumulation", 1)):
             value = getattr(self, argument)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ProblemError(
                     f"problem {self.name!r}, argument `{argument}`: expected an integer >= {least}, got {value!r}"
                 )
+        clip = self.clip_norm
+        if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):
+            raise ProblemError(
+                f"problem {self.name!r}, argument `clip_norm`: expected a number > 0 or None, got {clip!r}"
+            )
 
 
 def _labelled(loaders: dict[str, Iterable[Any]] | list[Iterable[Any]]) -> list[tuple[str, Any]]:
@@ -207,7 +224,7 @@ def _check_name(name: Any, cls: type[Problem]) -> None:
             f"{cls.__name__}, argument `name`: expected a Python identifier (other problems use it as an attribute), "
             f"got {name!r}"
         )
-    reserved = {"name", "module", "optimizer", "data", "scheduler", "hypergradient", "unroll_steps", "warmup_steps"}
+    reserved = set(inspect.signature(Problem.__init__).parameters)
     if name in reserved or hasattr(cls, name):
         raise ProblemError(
             f"{cls.__name__}, argument `name`: {name!r} is an attribute of {cls.__name__} and would hide the problem; "

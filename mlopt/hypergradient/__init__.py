@@ -5,7 +5,10 @@
 
 from mlopt.hypergradient.base import AbstractEstimator
 from mlopt.hypergradient.cg import CG
+from mlopt.hypergradient.dense import Dense
 from mlopt.hypergradient.finite_difference import FiniteDifference
+from mlopt.hypergradient.identity import Identity
 from mlopt.hypergradient.neumann import Neumann
+from mlopt.hypergradient.nystrom import Nystrom
 
-__all__ = ["CG", "AbstractEstimator", "FiniteDifference", "Neumann"]
+__all__ = ["CG", "AbstractEstimator", "Dense", "FiniteDifference", "Identity", "Neumann", "Nystrom"]

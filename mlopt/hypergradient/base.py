@@ -10,6 +10,7 @@ the problem graph) is the planner's and the runtime's.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from typing import Any
 
@@ -48,10 +49,24 @@ class AbstractEstimator(abc.ABC):
             The solution; ``value`` is q [N].
         """
 
-    @property
-    def max_hvps(self) -> int:
-        """The most products with H that one solve makes (for the cost column of ``explain()``)."""
+    def max_hvps(self, size: int) -> int:
+        """Return the most products with H [N, N] that one solve makes (for the cost column of ``explain()``)."""
         return 0
+
+    def check(self, problem: str, size: int) -> None:  # noqa: B027 - optional for subclasses
+        """Refuse a lower problem with N parameters that this estimator cannot serve (called by ``compile``).
+
+        Raises:
+            ValueError: See the estimator.
+        """
+
+    def __repr__(self) -> str:
+        """Print the settings, without options that are switched off."""
+        if not dataclasses.is_dataclass(self):
+            return super().__repr__()
+        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        shown = [(f.name, v) for f, v in fields if v != f.default or not isinstance(v, str | None)]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
 
 
 def check_number(owner: str, argument: str, value: Any, *, positive: bool) -> None:

@@ -10,7 +10,7 @@ from mlopt.hypergradient.base import AbstractEstimator, check_count, check_numbe
 from mlopt.linalg import AbstractLinearOperator, Solution, neumann
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Neumann(AbstractEstimator):
     """``q = scale * sum_{k=0}^{K-1} (I - scale H)^k v`` (Lorraine, Vicol and Duvenaud 2020, arXiv 1911.02590).
 
@@ -40,7 +40,6 @@ class Neumann(AbstractEstimator):
         """Sum the series; see `mlopt.linalg.neumann`."""
         return neumann(operator, cotangent, num_terms=self.num_terms, scale=self.scale)
 
-    @property
-    def max_hvps(self) -> int:
+    def max_hvps(self, size: int) -> int:
         """Every term but the first costs one product."""
         return self.num_terms - 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -39,19 +41,22 @@ class BatchStream:
         self._problem = problem
         self._device = next(iter(problem.trained_parameters().values())).device
         self._fetch = _fetcher(problem)
-        self._waiting: Batch | None = None
+        self._waiting: collections.deque[Batch] = collections.deque()
 
     def peek(self) -> Batch:
         """Return the next batch without using it up."""
-        if self._waiting is None:
-            self._waiting = self.flatten(self._fetch())
-        return self._waiting
+        return self.ahead(1)[0]
 
-    def next(self) -> Batch:
-        """Return the next batch."""
-        batch = self.peek()
-        self._waiting = None
-        return batch
+    def ahead(self, count: int) -> list[Batch]:
+        """Return the next batches without using them up."""
+        while len(self._waiting) < count:
+            self._waiting.append(self.flatten(self._fetch()))
+        return list(itertools.islice(self._waiting, count))
+
+    def advance(self, count: int) -> None:
+        """Use up batches that `ahead` has returned."""
+        for _ in range(count):
+            self._waiting.popleft()
 
     def flatten(self, batch: Any) -> Batch:
         """Flatten a batch of the user's and move it to the problem's device."""

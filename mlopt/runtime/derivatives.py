@@ -7,9 +7,10 @@ is verified and which takes its place where it disagrees.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,15 +57,92 @@ class AbstractLinearization(abc.ABC):
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
         """Return ``H v`` [N]."""
 
+    def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``H v`` for each row of [K, N]."""
+        return torch.stack([self.hvp(row) for row in rows])
+
     @abc.abstractmethod
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``(d2g/dr dtheta)^T q`` [N_r] for each planned target r."""
+
+
+class MeanLinearization(AbstractLinearization):
+    """Products of the mean of several losses: those of the micro-batches of one step."""
+
+    def __init__(self, parts: Sequence[AbstractLinearization]) -> None:
+        self._parts = parts
+
+    def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        """Average over the parts."""
+        return mean([part.hvp(vector) for part in self._parts])
+
+    def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        """Average over the parts."""
+        return mean([part.hvps(rows) for part in self._parts])
+
+    def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Average over the parts."""
+        return mean_of_each([part.mixed(vector) for part in self._parts])
+
+
+def mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Average tensors of one shape; one tensor is returned as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    total = tensors[0] + tensors[1]
+    for tensor in tensors[2:]:
+        total = total + tensor
+    return total / len(tensors)
+
+
+def mean_result(results: Sequence[GradientResult], buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> GradientResult:
+    """Average what the micro-batches of one step gave.
+
+    Args:
+        results: One per micro-batch.
+        buffers: The buffers after the last one.
+
+    Returns:
+        The mean of losses, gradients and metrics. A metric that is no number is that of the last micro-batch.
+    """
+    if len(results) == 1:
+        return results[0]
+    own = []
+    for parts in zip(*(r.own for r in results), strict=True):
+        found = [p for p in parts if p is not None]
+        own.append(mean(found) * (len(found) / len(parts)) if found else None)
+    metrics: dict[str, Any] = {}
+    for name, last in results[-1].metrics.items():
+        values = [r.metrics[name] for r in results if name in r.metrics]
+        averaged = all(isinstance(v, float | torch.Tensor) for v in values)
+        metrics[name] = sum(values[1:], values[0]) / len(values) if averaged else last
+    return GradientResult(
+        loss=mean([r.loss for r in results]),
+        metrics=metrics,
+        own=own,
+        cotangents=mean_of_each([r.cotangents for r in results]),
+        buffers=buffers,
+    )
+
+
+def mean_of_each(products: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Average the entries of several dicts with the same keys."""
+    return {name: mean([p[name] for p in products]) for name in products[0]}
 
 
 class AbstractDerivatives(abc.ABC):
     """Derivatives of one problem's loss on batches of one kind, at the live parameters."""
 
     is_random: bool
+
+    @abc.abstractmethod
+    def at(self, values: Mapping[int, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Evaluate at another point: parameters and buffers have these values inside of the context.
+
+        Args:
+            values: ``id`` of a live tensor -> the value to use in its place. Linearizations made inside of the
+                context must be used inside of it.
+        """
 
     @abc.abstractmethod
     def accepts(self, batch: Batch) -> bool:
@@ -120,13 +198,22 @@ def differentiate(
     return DerivativeGraphs(loss, gradient, linearization, read_gradient)
 
 
-def bind_inputs(loss: LossGraph, batch: Batch) -> list[torch.Tensor]:
-    """Return the tensors to call a graph of this loss with: the live ones, and the batch's."""
+def bind_inputs(loss: LossGraph, batch: Batch, values: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Return the tensors to call a graph of this loss with: the live ones (or `values`), and the batch's."""
     from_batch = iter(batch.tensors)
-    return [next(from_batch) if x.role is InputRole.BATCH else _live(x.tensor) for x in loss.inputs]
+    values = values or {}
+    bound = []
+    for x in loss.inputs:
+        if x.role is InputRole.BATCH:
+            bound.append(next(from_batch))
+        else:
+            assert x.tensor is not None
+            bound.append(values.get(id(x.tensor), x.tensor))
+    return bound
 
 
-def _live(tensor: torch.Tensor | None) -> torch.Tensor:
+def _live(loss: LossGraph, position: int) -> torch.Tensor:
+    tensor = loss.inputs[position].tensor
     assert tensor is not None
     return tensor
 
@@ -138,7 +225,17 @@ class GraphDerivatives(AbstractDerivatives):
         self.graphs = graphs
         self._loss = graphs.loss
         self._call = {name: backend.lower(module) for name, module in graphs.modules().items()}
+        self._values: Mapping[int, torch.Tensor] = {}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
+
+    @contextlib.contextmanager
+    def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Give the graphs other tensors for inputs."""
+        before, self._values = self._values, values
+        try:
+            yield
+        finally:
+            self._values = before
 
     def accepts(self, batch: Batch) -> bool:
         """Evaluate the shape guards of every graph."""
@@ -148,7 +245,7 @@ class GraphDerivatives(AbstractDerivatives):
 
     def gradient(self, batch: Batch) -> GradientResult:
         """Run the gradient graph."""
-        inputs = bind_inputs(self._loss, batch)
+        inputs = bind_inputs(self._loss, batch, self._values)
         graph, loss = self.graphs.gradient, self._loss
         outputs = list(self._call["gradient"](*inputs))
         ends = list(itertools.accumulate([1, len(loss.metrics), len(graph.own), len(graph.cotangents)]))
@@ -164,35 +261,43 @@ class GraphDerivatives(AbstractDerivatives):
             metrics={**loss.constant_metrics, **named},
             own=own,
             cotangents=dict(zip(graph.cotangents, cotangents, strict=True)),
-            buffers=[(inputs[i], v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
+            buffers=[(_live(loss, i), v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
         )
 
     def linearize(self, batch: Batch) -> AbstractLinearization:
         """Run the primal graph."""
         graphs = self.graphs.linearization
         assert graphs is not None, f"the plan of {self._loss.problem} needs no linearization"
-        residuals = self._call["primal"](*bind_inputs(self._loss, batch))
-        return _GraphLinearization(residuals, self._call, graphs.targets)
+        residuals = self._call["primal"](*bind_inputs(self._loss, batch, self._values))
+        return _GraphLinearization(residuals, self._call, graphs)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the read-gradient graph."""
         graph = self.graphs.read_gradient
         assert graph is not None, f"the plan of {self._loss.problem} needs no read gradient"
-        outputs = self._call["read gradient"](*bind_inputs(self._loss, batch), own)
+        outputs = self._call["read gradient"](*bind_inputs(self._loss, batch, self._values), own)
         return dict(zip(graph.targets, outputs, strict=True))
 
 
 class _GraphLinearization(AbstractLinearization):
     def __init__(
-        self, residuals: Sequence[Any], call: Mapping[str, Callable[..., Any]], targets: tuple[str, ...]
+        self, residuals: Sequence[Any], call: Mapping[str, Callable[..., Any]], graphs: LinearizationGraphs
     ) -> None:
         self._residuals = residuals
         self._call = call
-        self._targets = targets
+        self._targets = graphs.targets
+        self._hvp_graph = graphs.hvp
 
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
         (product,) = self._call["hvp"](*self._residuals, vector)
         return product
+
+    def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        # vmap needs torch operations, so it takes the graph itself whatever the backend made of it.
+        graph = self._hvp_graph
+        assert graph is not None
+        with torch.no_grad():
+            return torch.func.vmap(lambda v: graph(*self._residuals, v)[0])(rows)
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))

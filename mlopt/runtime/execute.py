@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,29 +18,18 @@ from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solv
 from mlopt.planner.instructions import HYPERGRADIENT
 from mlopt.problem import Problem
 from mlopt.runtime.data import Batch, BatchStream
-from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, GradientResult
-from mlopt.runtime.rng import RandomState, frozen_random_state, get_random_state
+from mlopt.runtime.derivatives import (
+    AbstractDerivatives,
+    AbstractLinearization,
+    GradientResult,
+    MeanLinearization,
+    mean_of_each,
+    mean_result,
+)
+from mlopt.runtime.rng import frozen_random_state, get_random_state
+from mlopt.runtime.state import ProblemState, Sample
 
 Derive = Callable[[str, Batch], AbstractDerivatives]
-
-
-@dataclasses.dataclass
-class ProblemState:
-    """What the runtime remembers of one problem.
-
-    Attributes:
-        stream: Its batches.
-        num_steps: Optimizer steps made.
-        steps_seen: For each lower problem, its `num_steps` when this problem last stepped.
-        batch: The batch of the last step.
-        random_state: The generators before the last step's loss, so that a hypergradient sees that step's masks.
-    """
-
-    stream: BatchStream
-    num_steps: int = 0
-    steps_seen: dict[str, int] = dataclasses.field(default_factory=dict)
-    batch: Batch | None = None
-    random_state: RandomState | None = None
 
 
 @dataclasses.dataclass
@@ -50,6 +39,7 @@ class Pass:
     slots: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     linearizations: dict[str, AbstractLinearization] = dataclasses.field(default_factory=dict)
     result: GradientResult | None = None
+    samples: tuple[Sample, ...] = ()
 
     def add(self, slot: str, value: torch.Tensor) -> None:
         """Add a vector into a slot; an empty slot takes it over."""
@@ -98,14 +88,14 @@ class Executor:
     def step(self, name: str) -> dict[str, Any]:
         """Make one optimizer step of a problem; return its loss and metrics."""
         state = self.states[name]
-        batch = state.stream.peek()
-        before = get_random_state(self.layouts[name].device) if self._derive(name, batch).is_random else None
-        run = self._run(name, batch, keep_guesses=True)
+        count = self.problems[name].gradient_accumulation
+        batches = state.stream.ahead(count)
+        run = self._run(name, batches, keep_guesses=True)
         result = run.result
         assert result is not None
         gradients = self._total_gradient(name, run)
-        state.stream.next()
-        state.batch, state.random_state = batch, before
+        state.stream.advance(count)
+        state.samples = run.samples
         with torch.no_grad():
             for live, value in result.buffers:
                 live.copy_(value)
@@ -114,31 +104,33 @@ class Executor:
         state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
         return {"loss": result.loss, **result.metrics}
 
-    def hypergradient(self, name: str, batch: Batch | None) -> list[torch.Tensor | None]:
+    def hypergradient(self, name: str, batches: Sequence[Batch] | None) -> list[torch.Tensor | None]:
         """Return the total gradient of a problem at the present state; nothing is changed."""
-        batch = self.states[name].stream.peek() if batch is None else batch
+        if batches is None:
+            batches = self.states[name].stream.ahead(self.problems[name].gradient_accumulation)
         with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
-            run = self._run(name, batch, keep_guesses=False)
+            run = self._run(name, batches, keep_guesses=False)
         return self._total_gradient(name, run)
 
-    def lower_point(self, name: str) -> tuple[Batch, RandomState | None]:
-        """Return the batch and the random state at which a lower problem is differentiated: those of its last step."""
-        state = self.states[name]
-        if state.batch is None:  # not stepped yet: the batch it will take next
-            return state.stream.peek(), None
-        return state.batch, state.random_state
+    def lower_samples(self, name: str) -> tuple[Sample, ...]:
+        """Return what a lower problem is differentiated on: the micro-batches of its last step.
 
-    def _run(self, name: str, batch: Batch, *, keep_guesses: bool) -> Pass:
+        If it has made none, those it will take next.
+        """
+        state = self.states[name]
+        if state.samples:
+            return state.samples
+        return tuple(Sample(b) for b in state.stream.ahead(self.problems[name].gradient_accumulation))
+
+    def _run(self, name: str, batches: Sequence[Batch], *, keep_guesses: bool) -> Pass:
         run = Pass()
         for instruction in self.plan[name].instructions:
             if isinstance(instruction, Gradient):
-                run.result = self._derive(name, batch).gradient(batch)
+                run.result, run.samples = self._gradient(name, batches)
                 for read, slot in instruction.cotangents:
                     run.add(slot, run.result.cotangents[read])
             elif isinstance(instruction, Linearize):
-                at, random_state = self.lower_point(instruction.problem)
-                with frozen_random_state(random_state):
-                    run.linearizations[instruction.problem] = self._derive(instruction.problem, at).linearize(at)
+                run.linearizations[instruction.problem] = self._linearize(instruction.problem)
             elif isinstance(instruction, Solve):
                 self._solve(name, instruction, run, keep_guesses=keep_guesses)
             elif isinstance(instruction, MixedProduct):
@@ -147,6 +139,26 @@ class Executor:
             else:
                 assert isinstance(instruction, Update)  # by the caller, once nothing can fail any more
         return run
+
+    def _gradient(self, name: str, batches: Sequence[Batch]) -> tuple[GradientResult, tuple[Sample, ...]]:
+        """Evaluate the mean loss of the micro-batches; each sees the buffers that the one before left."""
+        device = self.layouts[name].device
+        results, samples = [], []
+        moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for batch in batches:
+            derivatives = self._derive(name, batch)
+            samples.append(Sample(batch, get_random_state(device) if derivatives.is_random else None))
+            with derivatives.at({key: value for key, (_, value) in moved.items()}):
+                results.append(derivatives.gradient(batch))
+            moved.update({id(live): (live, value) for live, value in results[-1].buffers})
+        return mean_result(results, list(moved.values())), tuple(samples)
+
+    def _linearize(self, name: str) -> AbstractLinearization:
+        parts = []
+        for sample in self.lower_samples(name):
+            with frozen_random_state(sample.random_state):
+                parts.append(self._derive(name, sample.batch).linearize(sample.batch))
+        return parts[0] if len(parts) == 1 else MeanLinearization(parts)
 
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
@@ -158,8 +170,11 @@ class Executor:
                 f"{instruction.estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
             )
 
-        product = linearization.hvp if linearization and instruction.estimator.uses_hvp else no_product
-        operator = FunctionOperator(product, layout.size, dtype=layout.dtype, device=layout.device)
+        product: Callable[[torch.Tensor], torch.Tensor] = no_product
+        rows = product
+        if linearization is not None and instruction.estimator.uses_hvp:
+            product, rows = linearization.hvp, linearization.hvps
+        operator = FunctionOperator(product, layout.size, rows=rows, dtype=layout.dtype, device=layout.device)
         guess = self.guesses.get(key) if instruction.estimator.warm_start else None
         with torch.no_grad():
             solution = instruction.estimator.solve(operator, run.slots[instruction.rhs], guess)
@@ -191,20 +206,21 @@ class Executor:
         return [(slot, products[r]) for r, slot in instruction.targets]
 
     def _central_difference(self, name: str, vector: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
-        at, random_state = self.lower_point(name)
-        random_state = random_state or get_random_state(self.layouts[name].device)
-        derivatives = self._derive(name, at)
         with torch.no_grad():
             own = self.layouts[name].flatten([p.detach() for p in self.problems[name].trained_parameters().values()])
             norm = ops.norm(vector)
             # A zero vector has a zero product; the epsilon stays finite so that 0 / (2 eps) is 0.
             epsilon = step / torch.where(norm > 0, norm, torch.ones_like(norm))
-            sides = []
-            for sign in (1, -1):
-                with frozen_random_state(random_state):  # common random numbers: the masks cancel
-                    sides.append(derivatives.read_gradient(at, ops.perturb(own, vector, sign * epsilon)))
-            plus, minus = sides
+            plus, minus = (self._read_gradient(name, ops.perturb(own, vector, sign * epsilon)) for sign in (1, -1))
             return {r: (plus[r] - minus[r]) / (2 * epsilon) for r in plus}
+
+    def _read_gradient(self, name: str, own: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return dg/dr at other own parameters; both sides of a difference draw the same random numbers."""
+        parts = []
+        for sample in self.lower_samples(name):
+            with frozen_random_state(sample.random_state or get_random_state(self.layouts[name].device)):
+                parts.append(self._derive(name, sample.batch).read_gradient(sample.batch, own))
+        return mean_of_each(parts)
 
     def _total_gradient(self, name: str, run: Pass) -> list[torch.Tensor | None]:
         assert run.result is not None
@@ -222,8 +238,24 @@ class Executor:
 
     def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
         problem = self.problems[name]
+        gradients = scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
         for parameter, gradient in zip(problem.trained_parameters().values(), gradients, strict=True):
             parameter.grad = gradient
         problem.optimizer.step()
         if problem.scheduler is not None:
             problem.scheduler.step()
+
+
+def scale_gradients(
+    gradients: list[torch.Tensor | None], clip_norm: float | None, *, normalize: bool
+) -> list[torch.Tensor | None]:
+    """Clip gradients to a common norm, or scale them to it; nothing waits for the device."""
+    present = [g for g in gradients if g is not None]
+    if not present or (clip_norm is None and not normalize):
+        return gradients
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
+    target = 1.0 if clip_norm is None else clip_norm
+    factor = target / torch.where(norm > 0, norm, 1)
+    if not normalize:
+        factor = factor.clamp(max=1)
+    return [None if g is None else g * factor.to(g.dtype) for g in gradients]

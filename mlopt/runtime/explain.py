@@ -62,7 +62,7 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
     for p in program.problems:
         lines.append(f"one step of {p.name}")
         for i, instruction in enumerate(p.instructions, 1):
-            cost = _cost(instruction)
+            cost = _cost(instruction, program)
             lines.append(f"  {i}. {instruction}{f'   [{cost}]' if cost else ''}")
         lines.append("")
     lines.append("captured graphs (number of calls)")
@@ -117,13 +117,13 @@ def _edge_rows(graph: Graph) -> list[tuple[str, ...]]:
     return rows
 
 
-def _cost(instruction: Instruction) -> str:
+def _cost(instruction: Instruction, program: ExecutionPlan) -> str:
     if isinstance(instruction, Gradient):
         return "1 forward, 1 backward"
     if isinstance(instruction, Linearize):
         return "1 forward, 1 backward"
     if isinstance(instruction, Solve):
-        most = instruction.estimator.max_hvps
+        most = instruction.estimator.max_hvps(program[instruction.problem].size)
         return f"at most {_count(most, 'Hessian product')}" if most else "no Hessian product"
     if isinstance(instruction, MixedProduct):
         return "1 tangent pass" if instruction.step is None else "2 forward, 2 backward"

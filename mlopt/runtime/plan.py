@@ -91,7 +91,7 @@ class Plan:
         if name not in self.graph.problems:
             raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
         executor = self._executor
-        flattened = None if batch is None else executor.states[name].stream.flatten(batch)
+        flattened = None if batch is None else [executor.states[name].stream.flatten(batch)]
         gradients = executor.hypergradient(name, flattened)
         parameters = self.graph.problems[name].trained_parameters()
         return {

@@ -57,6 +57,44 @@ def test_finite_difference_exact(scale):
     assert error(plan, direct - mixed @ (scale * v)) < 1e-10
 
 
+EXACT = {
+    "dense": (mlopt.Dense(), 0.0),
+    "dense, damped": (mlopt.Dense(damping=0.3), 0.3),
+    "nystrom of full rank": (mlopt.Nystrom(rank=4, damping=0.2), 0.2),
+    "preconditioned cg": (mlopt.CG(max_steps=30, rtol=1e-12, preconditioner=mlopt.Nystrom(2, 0.1)), 0.0),
+}
+
+
+@pytest.mark.parametrize(("estimator", "damping"), EXACT.values(), ids=EXACT)
+def test_exact_estimators(estimator, damping):
+    plan, lower, upper = bilevel(estimator)
+    v, direct, H, mixed = pieces(lower, upper)
+    assert error(plan, direct - mixed @ torch.linalg.solve(H + damping * torch.eye(len(H), dtype=H.dtype), v)) < 1e-8
+
+
+def test_nystrom_of_low_rank():
+    """Rank 2 of 4: the Woodbury formula on the same sketch, with explicit matrices."""
+    plan, lower, upper = bilevel(mlopt.Nystrom(rank=2, damping=0.2, seed=5))
+    v, direct, H, mixed = pieces(lower, upper)
+    sketch = torch.linalg.qr(torch.randn(4, 2, generator=torch.Generator().manual_seed(5), dtype=H.dtype)).Q
+    columns = H @ sketch
+    low_rank = columns @ torch.linalg.solve(sketch.T @ H @ sketch, columns.T)
+    q = torch.linalg.solve(low_rank + 0.2 * torch.eye(4, dtype=H.dtype), v)
+    assert error(plan, direct - mixed @ q) < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_identity(scale):
+    plan, lower, upper = bilevel(mlopt.Identity(scale))
+    v, direct, _, mixed = pieces(lower, upper)
+    assert error(plan, direct - mixed @ (scale * v)) < 1e-10
+
+
+def test_dense_refuses_large_problems():
+    with pytest.raises(mlopt.errors.ProblemError, match=r"'lower', argument `hypergradient`: Dense.*\[4, 4\]"):
+        bilevel(mlopt.Dense(max_size=3))
+
+
 def test_finite_difference_inexact():
     plan, lower, upper = bilevel(mlopt.FiniteDifference(step=0.01, exact=False))
     v, direct, _, mixed = pieces(lower, upper)

@@ -20,7 +20,11 @@ def problem(data, step=None):
 
 def values(data, count):
     stream = BatchStream(problem(data))
-    return [stream.next() for _ in range(count)]
+    batches = []
+    for _ in range(count):
+        batches.append(stream.peek())
+        stream.advance(1)
+    return batches
 
 
 def loader(numbers, batch_size=1):
