@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mlopt.autodiff import FlatLayout
+from mlopt.autodiff import FlatLayout, TaskAxis
 from mlopt.backends import AbstractBackend, get_backend
 from mlopt.capture import LossGraph, capture_loss
+from mlopt.capture.tasks import showing_task
 from mlopt.errors import (
     CaptureError,
+    DataError,
     GraphError,
     IslandWarning,
     MloptError,
@@ -38,6 +40,7 @@ from mlopt.runtime.explain import CompileReport
 from mlopt.runtime.guard import ModuleGuard
 from mlopt.runtime.plan import Plan
 from mlopt.runtime.reference import AutogradDerivatives
+from mlopt.runtime.reference_tasks import TaskAutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
 
@@ -111,10 +114,11 @@ class Compiler:
         self.backend = backend
         self.verify = verify
         self.strict = strict
-        self.layouts = {n: FlatLayout.of(n, p.trained_parameters()) for n, p in graph.problems.items()}
+        self.layouts = {n: FlatLayout.of(n, p.trained_parameters(), p.tasks) for n, p in graph.problems.items()}
         _check_devices(self.layouts)
         self.streams = {name: BatchStream(problem) for name, problem in graph.problems.items()}
         self.losses: dict[str, LossGraph | Island] = {}  # the first capture of each problem
+        self.axes: dict[str, TaskAxis | None] = {}  # of the problems whose loss is evaluated for several tasks
         self.guard = ModuleGuard(graph.problems)
         self._first_modes = self.guard.modes()
         self.program: ExecutionPlan | None = None
@@ -124,7 +128,9 @@ class Compiler:
     def capture(self, name: str) -> None:
         """Capture a problem's loss on its first batch."""
         start = time.perf_counter()
-        self.losses[name] = self._capture(name, self.streams[name].peek())
+        batch = self.streams[name].peek()
+        self.axes[name] = self._find_axis(name, batch)
+        self.losses[name] = self._capture(name, batch)
         self.report.seconds["capture"] += time.perf_counter() - start
 
     def check_estimators(self) -> None:
@@ -179,11 +185,11 @@ class Compiler:
                 f"{_names(loss)}; when the plan was made it read {_names(first)}. The problem graph must not change"
             )
         if isinstance(loss, Island):
-            return AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
+            return self._autograd(name, needs)
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
         if isinstance(graphs, Island):
-            return AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
+            return self._autograd(name, needs)
         derivatives: AbstractDerivatives = GraphDerivatives(graphs, self.backend)
         self.report.seconds["differentiate and lower"] += time.perf_counter() - start
         self.report.add(name, graphs)
@@ -194,13 +200,14 @@ class Compiler:
         return derivatives
 
     def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
+        axis = self.axes[loss.problem]
         try:
-            return differentiate(loss, batch, self.layouts, needs)
+            return differentiate(loss, batch, self.layouts, needs, axis)
         except Exception:
             logger.debug("differentiating %s with free sizes failed; trying fixed ones", loss.problem, exc_info=True)
         try:  # some operations (recurrent ones on the CPU) have no derivative for symbolic sizes
             fixed = dataclasses.replace(loss, dynamic_dims=tuple(frozenset[int]() for _ in loss.inputs))
-            return differentiate(fixed, batch, self.layouts, needs)
+            return differentiate(fixed, batch, self.layouts, needs, axis)
         except Exception as error:
             reason = (
                 f"problem {loss.problem!r}: its loss was captured but could not be differentiated as a graph\n"
@@ -211,6 +218,8 @@ class Compiler:
             return self._island(loss.problem, batch, reason, None)
 
     def _is_captured(self, loss: LossGraph, batch: Batch) -> bool:
+        if self.axes[loss.problem] is not None:
+            batch = batch.of_task(0)
         return (
             loss.batch_spec == batch.spec
             and self._first_modes == self.guard.modes()
@@ -221,8 +230,10 @@ class Compiler:
         problems = self.graph.problems
         for problem in problems.values():
             problem.bind(problems)  # a problem may also be part of another graph
+        one = batch if self.axes[name] is None else batch.of_task(0)
         try:
-            loss = capture_loss(problems[name], list(problems.values()), batch.tensors, batch.spec)
+            with showing_task(problems.values(), 0):
+                loss = capture_loss(problems[name], list(problems.values()), one.tensors, one.spec)
         except CaptureError as error:
             if self.strict:
                 raise
@@ -254,16 +265,49 @@ class Compiler:
         own = reads.pop(name, ())
         return Island(name, reads, frozenset(own))
 
-    def _eager_reads(self, name: str, batch: Batch) -> dict[str, tuple[str, ...]]:
+    def _find_axis(self, name: str, batch: Batch) -> TaskAxis | None:
+        """Find out whether a problem's loss is evaluated for several tasks: its own, or those of a problem it reads."""
         problems = self.graph.problems
-        eager = AutogradDerivatives(problems[name], problems, self.layouts, ProductNeeds())
+        with_tasks = frozenset(n for n, p in problems.items() if p.tasks)
+        if not with_tasks:
+            return None
+        num_tasks = next(p.tasks for p in problems.values() if p.tasks)
+        axis = TaskAxis(num_tasks, name, with_tasks)
+        wrong = [tuple(t.shape) for t in batch.tensors if t.ndim == 0 or t.shape[0] != num_tasks]
+        if problems[name].tasks:
+            if wrong:
+                raise DataError(
+                    f"problem {name!r}: with tasks={num_tasks} every tensor of its batch must have a leading axis of "
+                    f"{num_tasks}, got the shape {wrong[0]}"
+                )
+            return axis
+        if wrong:
+            return None
+        try:  # whose parameters the loss reads shows only when it runs
+            reads = TaskAutogradDerivatives(problems[name], problems, self.layouts, ProductNeeds(), axis).reads(batch)
+        except Exception:
+            logger.debug("problem %s: its loss does not run on one task", name, exc_info=True)
+            return None
+        return axis if with_tasks.intersection(reads) else None
+
+    def _autograd(self, name: str, needs: ProductNeeds) -> AutogradDerivatives | TaskAutogradDerivatives:
+        problem, problems, axis = self.graph.problems[name], self.graph.problems, self.axes[name]
+        if axis is not None:
+            return TaskAutogradDerivatives(problem, problems, self.layouts, needs, axis)
+        return AutogradDerivatives(problem, problems, self.layouts, needs)
+
+    def _eager_reads(self, name: str, batch: Batch) -> dict[str, tuple[str, ...]]:
         with frozen_random_state(get_random_state(self.layouts[name].device)):
-            return eager.reads(batch)
+            return self._autograd(name, ProductNeeds()).reads(batch)
 
     def _verified(self, name: str, derivatives: AbstractDerivatives, batch: Batch) -> AbstractDerivatives:
         assert self.program is not None
         problem, problems, needs = self.graph.problems[name], self.graph.problems, self.program.needs[name]
-        difference = find_disagreement(derivatives, problem, problems, self.layouts, needs, batch)
+        reference = self._autograd(name, needs)
+        if self.axes[name] is not None and derivatives.is_random:
+            self.report.unverified[name] = "its tasks draw their random numbers in another order than a loop over them"
+            return derivatives
+        difference = find_disagreement(derivatives, reference, problem, problems, self.layouts[name], needs, batch)
         if difference is None:
             return derivatives
         message = f"problem {name!r}: a compiled derivative disagrees with plain autograd: {difference}"
@@ -271,7 +315,7 @@ class Compiler:
             raise VerificationError(message + "; strict=True was given. compile(..., strict=False) uses plain autograd")
         warnings.warn(message + "; this problem runs by plain autograd", VerificationWarning, stacklevel=5)
         self.report.islands[name] = message
-        return AutogradDerivatives(problem, problems, self.layouts, needs)
+        return reference
 
 
 def _kind(key: tuple[Any, ...]) -> tuple[object, ...]:

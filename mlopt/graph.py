@@ -60,6 +60,12 @@ class Graph:
                         "rename one of them"
                     )
         _check_owners(problems)
+        tasks = {p.tasks: p.name for p in problems if p.tasks}
+        if len(tasks) > 1:
+            (a, first), (b, second) = list(tasks.items())[:2]
+            raise GraphError(
+                f"problem {second!r} has tasks={b}, problem {first!r} tasks={a}; one graph has one number of tasks"
+            )
         self._declared = None if dependencies is None else self._read_dependencies(dependencies)
         self._reads: dict[str, dict[str, tuple[str, ...]]] | None = None
         for problem in problems:
@@ -117,6 +123,7 @@ class Graph:
         self._reads = {name: dict(reads[name]) for name in self.problems}
         if self._declared is not None:
             self._check_declared(self._declared)
+        self._check_tasks()
         self._warn_about_structure()
 
     def draw(self, path: str) -> None:
@@ -187,6 +194,16 @@ class Graph:
                 f"dependencies do not declare the {kind} edge {read!r} -> {reader!r}; declare it, detach the value, or "
                 "leave out `dependencies` to have the edges found"
             )
+
+    def _check_tasks(self) -> None:
+        for name, problem in self.problems.items():
+            for lower in self.lowers(name):
+                if problem.tasks and not self.problems[lower].tasks:
+                    raise GraphError(
+                        f"problem {name!r} has {problem.tasks} tasks and reads the lower problem {lower!r}, which has "
+                        f"none: every task would need a hypergradient of its own through it; give {lower!r} "
+                        f"tasks={problem.tasks}, too"
+                    )
 
     def _warn_about_structure(self) -> None:
         for name in self.problems:

@@ -48,6 +48,11 @@ class Problem:
         warmup_steps: Optimizer steps this problem makes before any problem above it steps for the first time.
         gradient_accumulation: Micro-batches per optimizer step; the loss of a step is their mean. A hypergradient
             through this problem takes all of them, too.
+        tasks: T, to give the problem T independent copies of its trained parameters: each gets a leading axis T, all
+            copies starting from the present values. `training_step` is written for one task; every tensor of this
+            problem's batches, and of those of a problem that reads it, has a leading axis T. A problem that reads one
+            with tasks is averaged over them. All tasks run batched. The optimizer must be fresh, and should act
+            element by element, as most do. Buffers are common to the tasks and move by the mean.
         clip_norm: Scale the gradient (for a problem above others: the hypergradient) down to this Euclidean norm
             where it is longer, before the optimizer steps.
         normalize_gradient: Scale the gradient to norm 1 (to `clip_norm`, if given) before the optimizer steps.
@@ -69,6 +74,7 @@ class Problem:
         unroll_steps: int = 1,
         warmup_steps: int = 0,
         gradient_accumulation: int = 1,
+        tasks: int | None = None,
         clip_norm: float | None = None,
         normalize_gradient: bool = False,
     ) -> None:
@@ -82,10 +88,15 @@ class Problem:
         self.unroll_steps = unroll_steps
         self.warmup_steps = warmup_steps
         self.gradient_accumulation = gradient_accumulation
+        self.tasks = tasks
         self.clip_norm = clip_norm
         self.normalize_gradient = normalize_gradient
         self._peers: dict[str, Problem] = {}
         self._check()
+        if tasks is not None:
+            with torch.no_grad():
+                for parameter in self.trained_parameters().values():
+                    parameter.data = parameter.data.expand(tasks, *parameter.shape).clone()
 
     def training_step(self, batch: Any) -> torch.Tensor | dict[str, Any]:
         """Compute this problem's loss on one batch.
@@ -121,6 +132,28 @@ class Problem:
         """
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {n: p for n, p in self.module.named_parameters() if id(p) in held and p.requires_grad}
+
+    @property
+    def num_trained(self) -> int:
+        """How many numbers this problem solves for (in each task)."""
+        return sum(p.numel() for p in self.trained_parameters().values()) // (self.tasks or 1)
+
+    def for_each_task(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module of a problem with tasks outside of `training_step`, each task on its own arguments.
+
+        Args:
+            args: Tensors with a leading axis T.
+            kwargs: The same, by name.
+
+        Returns:
+            What the module returns, with a leading axis T.
+        """
+        trained: dict[str, torch.Tensor] = {**self.trained_parameters()}
+
+        def one(parameters: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+            return torch.func.functional_call(self.module, parameters, args, kwargs)
+
+        return torch.func.vmap(one, randomness="different")(trained, args, kwargs)
 
     def loaders(self) -> dict[str, Iterable[Any]] | list[Iterable[Any]] | None:
         """Return the loaders if `data` holds several, else None."""
@@ -205,6 +238,16 @@ class Problem:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ProblemError(
                     f"problem {self.name!r}, argument `{argument}`: expected an integer >= {least}, got {value!r}"
+                )
+        if self.tasks is not None:
+            if not isinstance(self.tasks, int) or isinstance(self.tasks, bool) or self.tasks < 1:
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `tasks`: expected an integer >= 1 or None, got {self.tasks!r}"
+                )
+            if self.optimizer.state:
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `optimizer`: it has made steps already; with tasks={self.tasks} "
+                    "the parameters get a leading axis that its state does not have. Make a new one"
                 )
         clip = self.clip_norm
         if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):

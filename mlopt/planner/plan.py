@@ -36,7 +36,7 @@ class ProblemPlan:
     Attributes:
         name: The problem.
         level: 1 for the lowest.
-        size: Number of trained parameters.
+        size: Number of trained parameters (of one task).
         lowers: Problems that must have made their `unroll_steps` since this problem's last step.
         instructions: One step.
         estimator: How a problem above differentiates this problem's optimum.
@@ -101,7 +101,7 @@ def plan_program(graph: Graph) -> ExecutionPlan:
             ProblemPlan(
                 name=name,
                 level=levels[name],
-                size=sum(p.numel() for p in graph.problems[name].trained_parameters().values()),
+                size=graph.problems[name].num_trained,
                 lowers=tuple(graph.lowers(name)),
                 instructions=instructions,
                 estimator=estimators[name],

@@ -22,6 +22,10 @@ class Batch:
     tensors: list[torch.Tensor]
     spec: BatchSpec
 
+    def of_task(self, index: int) -> Batch:
+        """Return the part of one task: one entry of the leading axis of every tensor."""
+        return Batch([t[index] for t in self.tensors], self.spec)
+
     def signature(self) -> tuple[Any, ...]:
         """What a compiled graph may depend on: structure, sizes, strides and dtypes."""
         return (self.spec, *((t.shape, t.stride(), t.dtype) for t in self.tensors))

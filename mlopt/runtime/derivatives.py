@@ -20,9 +20,13 @@ from mlopt.autodiff import (
     GradientGraph,
     LinearizationGraphs,
     ReadGradientGraph,
+    TaskAxis,
     gradient_graph,
+    gradient_over_tasks,
     linearization_graphs,
+    linearization_over_tasks,
     read_gradient_graph,
+    read_gradient_over_tasks,
 )
 from mlopt.autodiff.split import draws_random
 from mlopt.backends import AbstractBackend
@@ -169,6 +173,7 @@ class DerivativeGraphs:
     gradient: GradientGraph
     linearization: LinearizationGraphs | None
     read_gradient: ReadGradientGraph | None
+    has_tasks: bool = False
 
     def modules(self) -> dict[str, torch.fx.GraphModule]:
         """Return the graphs by name, in the order they are used."""
@@ -185,17 +190,41 @@ class DerivativeGraphs:
 
 
 def differentiate(
-    loss: LossGraph, batch: Batch, layouts: Mapping[str, FlatLayout], needs: ProductNeeds
+    loss: LossGraph,
+    batch: Batch,
+    layouts: Mapping[str, FlatLayout],
+    needs: ProductNeeds,
+    axis: TaskAxis | None = None,
 ) -> DerivativeGraphs:
-    """Build the graphs of the derivatives that the program needs."""
-    inputs = bind_inputs(loss, batch)
+    """Build the graphs of the derivatives that the program needs.
+
+    Args:
+        loss: The captured loss; with tasks, of one task.
+        batch: A batch it is valid for; with tasks, of all tasks.
+        layouts: Flat layouts of all problems by name.
+        needs: The derivatives that are used.
+        axis: The loss's task axis, if it has one.
+    """
+    whole = inputs = bind_inputs(loss, batch)
+    if axis is not None:
+        dims = axis.input_dims(loss)
+        inputs = [t if d is None else t[0] for t, d in zip(whole, dims, strict=True)]
+    single = {name: layout.of_one_task for name, layout in layouts.items()}
     linearization = read_gradient = None
     if needs.hvp or needs.mixed:
-        linearization = linearization_graphs(loss, inputs, layouts, hvp=needs.hvp, targets=needs.mixed)
+        linearization = linearization_graphs(loss, inputs, single, hvp=needs.hvp, targets=needs.mixed)
     if needs.read_gradients:
-        read_gradient = read_gradient_graph(loss, inputs, layouts, needs.read_gradients)
-    gradient = gradient_graph(loss, inputs, layouts, needs.cotangents)
-    return DerivativeGraphs(loss, gradient, linearization, read_gradient)
+        read_gradient = read_gradient_graph(loss, inputs, single, needs.read_gradients)
+    gradient = gradient_graph(loss, inputs, single, needs.cotangents)
+    if axis is not None:
+        layout = layouts[loss.problem]
+        own = torch.empty(layout.vector_shape, dtype=layout.dtype, device=layout.device)
+        gradient = gradient_over_tasks(gradient, loss, whole, axis)
+        if linearization is not None:
+            linearization = linearization_over_tasks(linearization, loss, whole, own, axis)
+        if read_gradient is not None:
+            read_gradient = read_gradient_over_tasks(read_gradient, loss, whole, own, axis)
+    return DerivativeGraphs(loss, gradient, linearization, read_gradient, has_tasks=axis is not None)
 
 
 def bind_inputs(loss: LossGraph, batch: Batch, values: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
@@ -240,6 +269,8 @@ class GraphDerivatives(AbstractDerivatives):
     def accepts(self, batch: Batch) -> bool:
         """Evaluate the shape guards of every graph."""
         graphs = self.graphs
+        if graphs.has_tasks:
+            return False  # batched graphs hold for the sizes they were made for
         traced = [g.traced for g in (graphs.gradient, graphs.linearization, graphs.read_gradient) if g is not None]
         return all(guard.accepts(batch.tensors) for guard in (self._loss.guard, *(t.guard for t in traced)))
 

@@ -13,7 +13,7 @@ from mlopt import ops
 from mlopt.autodiff import FlatLayout
 from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
-from mlopt.linalg import FunctionOperator, Outcome, Solution
+from mlopt.linalg import AbstractLinearOperator, BlockOperator, FunctionOperator, Outcome, Solution
 from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solve, Update
 from mlopt.planner.instructions import HYPERGRADIENT
 from mlopt.problem import Problem
@@ -174,7 +174,12 @@ class Executor:
         rows = product
         if linearization is not None and instruction.estimator.uses_hvp:
             product, rows = linearization.hvp, linearization.hvps
-        operator = FunctionOperator(product, layout.size, rows=rows, dtype=layout.dtype, device=layout.device)
+        dtype, device = layout.dtype, layout.device
+        operator: AbstractLinearOperator
+        if layout.tasks is None:
+            operator = FunctionOperator(product, layout.size, rows=rows, dtype=dtype, device=device)
+        else:
+            operator = BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
         guess = self.guesses.get(key) if instruction.estimator.warm_start else None
         with torch.no_grad():
             solution = instruction.estimator.solve(operator, run.slots[instruction.rhs], guess)
@@ -208,10 +213,13 @@ class Executor:
     def _central_difference(self, name: str, vector: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             own = self.layouts[name].flatten([p.detach() for p in self.problems[name].trained_parameters().values()])
-            norm = ops.norm(vector)
+            norm = ops.norm(vector.reshape(-1))  # with tasks, of all of them: their products are summed
             # A zero vector has a zero product; the epsilon stays finite so that 0 / (2 eps) is 0.
             epsilon = step / torch.where(norm > 0, norm, torch.ones_like(norm))
-            plus, minus = (self._read_gradient(name, ops.perturb(own, vector, sign * epsilon)) for sign in (1, -1))
+            plus, minus = (
+                self._read_gradient(name, ops.perturb(own.view(-1), vector.view(-1), sign * epsilon).view_as(own))
+                for sign in (1, -1)
+            )
             return {r: (plus[r] - minus[r]) / (2 * epsilon) for r in plus}
 
     def _read_gradient(self, name: str, own: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ class CompileReport:
         graphs: Problem -> list of (graph name -> number of calls in it), one entry per capture.
         residuals: Problem -> how many values the primal half hands to the tangent halves.
         islands: Problem -> why it runs by plain autograd.
+        unverified: Problem -> why its derivatives were not compared with plain autograd.
     """
 
     backend: str
@@ -35,6 +36,7 @@ class CompileReport:
     graphs: dict[str, list[dict[str, int]]] = dataclasses.field(default_factory=dict)
     residuals: dict[str, int] = dataclasses.field(default_factory=dict)
     islands: dict[str, str] = dataclasses.field(default_factory=dict)
+    unverified: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, graphs: DerivativeGraphs) -> None:
         """Record the graphs of one capture of a problem."""
@@ -76,6 +78,7 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
         lines += ["", "eager islands (plain autograd on the user's code, same results)"]
         lines += [f"  {name}: {reason}".replace("\n", "\n    ") for name, reason in report.islands.items()]
         lines.append("")
+    lines += [f"not verified: {name}: {reason}" for name, reason in report.unverified.items()]
     lines.append("compile time: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()))
     return "\n".join(lines)
 
@@ -88,7 +91,7 @@ def _problem_rows(graph: Graph, program: ExecutionPlan, report: CompileReport) -
             (
                 f"level {p.level}",
                 p.name,
-                f"{report.layouts[p.name].size:,} parameters",
+                (f"{problem.tasks} x " if problem.tasks else "") + f"{p.size:,} parameters",
                 type(problem.optimizer).__name__,
                 schedule_text(graph, program, p.name),
             )

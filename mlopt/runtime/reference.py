@@ -45,6 +45,16 @@ class AutogradDerivatives(AbstractDerivatives):
         self._problems = problems
         self._layouts = layouts
         self._needs = needs
+        self._leaves: Mapping[str, list[torch.Tensor]] = {}
+
+    @contextlib.contextmanager
+    def on_leaves(self, leaves: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
+        """Differentiate by these tensors, which the modules hold now, instead of the live parameters."""
+        self._leaves = leaves
+        try:
+            yield
+        finally:
+            self._leaves = {}
 
     @contextlib.contextmanager
     def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
@@ -68,7 +78,7 @@ class AutogradDerivatives(AbstractDerivatives):
         """Run `training_step` and differentiate it once."""
         with self._buffers() as buffers:
             loss, metrics = self._loss(batch)
-            own = list(self._problem.trained_parameters().values())
+            own = self._parameters(self._problem.name)
             reads = {name: self._parameters(name) for name in self._needs.cotangents}
             gradients = iter(
                 torch.autograd.grad(loss, [*own, *(p for group in reads.values() for p in group)], allow_unused=True)
@@ -85,8 +95,8 @@ class AutogradDerivatives(AbstractDerivatives):
         """Return, for each problem, the names of its trained parameters that the loss has a gradient for."""
         parameters = [
             (name, key, p)
-            for name, problem in self._problems.items()
-            for key, p in problem.trained_parameters().items()
+            for name in self._problems
+            for key, p in zip(self._layouts[name].names, self._parameters(name), strict=True)
         ]
         with silenced(), self._buffers():
             loss, _ = self._loss(batch)
@@ -101,14 +111,14 @@ class AutogradDerivatives(AbstractDerivatives):
         """Run `training_step`, silently, and keep its gradient differentiable."""
         with silenced(), self._buffers():
             loss, _ = self._loss(batch)
-            own = list(self._problem.trained_parameters().values())
+            own = self._parameters(self._problem.name)
             gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
         targets = {name: self._parameters(name) for name in self._needs.mixed}
         return _AutogradLinearization(own, gradients, self._layouts, self._problem.name, targets)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Set the own parameters, differentiate by what is read, put the parameters back."""
-        parameters = list(self._problem.trained_parameters().values())
+        parameters = self._parameters(self._problem.name)
         before = [p.detach().clone() for p in parameters]
         _assign(parameters, self._layouts[self._problem.name].split(own))
         try:
@@ -126,6 +136,8 @@ class AutogradDerivatives(AbstractDerivatives):
             _assign(parameters, before)
 
     def _parameters(self, name: str) -> list[torch.Tensor]:
+        if name in self._leaves:
+            return self._leaves[name]
         return list(self._problems[name].trained_parameters().values())
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, Mapping[str, object]]:

@@ -26,7 +26,6 @@ from mlopt.problem import Problem
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives
 from mlopt.runtime.perturb import perturb, perturbed_parameters
-from mlopt.runtime.reference import AutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 
 logger = logging.getLogger(__name__)
@@ -53,9 +52,10 @@ Products = dict[str | torch.Tensor, torch.Tensor]
 
 def find_disagreement(
     compiled: AbstractDerivatives,
+    reference: AbstractDerivatives,
     problem: Problem,
     problems: Mapping[str, Problem],
-    layouts: Mapping[str, FlatLayout],
+    layout: FlatLayout,
     needs: ProductNeeds,
     batch: Batch,
 ) -> str | None:
@@ -65,22 +65,21 @@ def find_disagreement(
 
     Args:
         compiled: Derivatives under test.
+        reference: Derivatives to trust.
         problem: The problem.
         problems: All problems of the graph.
-        layouts: Their layouts.
+        layout: Layout of the problem's parameters.
         needs: What to compare.
         batch: The batch to compare on.
 
     Returns:
         None if they agree, else one line that names the derivative and the difference.
     """
-    layout = layouts[problem.name]
     tolerance = max(_TOLERANCES.get(d, 1e-8) for d in layout.dtypes)
     state = get_random_state(layout.device)
     with frozen_random_state(state):
         got = _evaluate(compiled, problem, batch, layout, needs)
     with frozen_random_state(state), silenced():
-        reference = AutogradDerivatives(problem, problems, layouts, needs)
         expected = _evaluate(reference, problem, batch, layout, needs)
     # Rounding alone leaves something of this size of a product that is zero.
     natural = min(1.0, max(float(expected["loss"].abs()), float(expected["gradient"].norm())))
@@ -97,11 +96,11 @@ def find_disagreement(
         if difference <= tolerance * scale + floor:
             continue
         if not noisy:
-            noisy.append(_with_noise(0, problem, problems, layouts, needs, batch))
+            noisy.append(_with_noise(0, reference, problem, problems, layout, needs, batch))
         if _explains(noisy, name, b, difference):
             continue
         if len(noisy) == 1:  # one draw of the noise may be a lucky one
-            noisy.append(_with_noise(1, problem, problems, layouts, needs, batch))
+            noisy.append(_with_noise(1, reference, problem, problems, layout, needs, batch))
         if _explains(noisy, name, b, difference):
             continue
         label = name if isinstance(name, str) else "buffer written by the loss"
@@ -126,19 +125,19 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _with_noise(
     seed: int,
+    reference: AbstractDerivatives,
     problem: Problem,
     problems: Mapping[str, Problem],
-    layouts: Mapping[str, FlatLayout],
+    layout: FlatLayout,
     needs: ProductNeeds,
     batch: Batch,
 ) -> Products:
     """Return the products by plain autograd at parameters and inputs that are off by one rounding error each."""
     generator = torch.Generator().manual_seed(seed)
-    state = get_random_state(layouts[problem.name].device)
+    state = get_random_state(layout.device)
     with perturbed_parameters(problems, generator), frozen_random_state(state), silenced():
-        reference = AutogradDerivatives(problem, problems, layouts, needs)
         moved = dataclasses.replace(batch, tensors=perturb(batch.tensors, generator))
-        return _evaluate(reference, problem, moved, layouts[problem.name], needs)
+        return _evaluate(reference, problem, moved, layout, needs)
 
 
 def _evaluate(
@@ -159,7 +158,9 @@ def _products(
         yield f"cotangent of {name!r}", value
     yield from result.buffers
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(layout.size, generator=generator, dtype=torch.float64).to(layout.dtype).to(layout.device)
+    vector = (
+        torch.randn(layout.vector_shape, generator=generator, dtype=torch.float64).to(layout.dtype).to(layout.device)
+    )
     if needs.hvp or needs.mixed:
         with frozen_random_state(state):
             linearization = derivatives.linearize(batch)

@@ -97,13 +97,15 @@ def test_every_product_is_compared(estimator, monkeypatch):
     batch = plan._executor.states["classifier"].stream.peek()
     graphs = compiler.derive("classifier", batch)
     problems, layouts = plan.graph.problems, plan._executor.layouts
+    layout = layouts["classifier"]
+    reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
     assert isinstance(graphs, derivatives.GraphDerivatives)
-    assert verify.find_disagreement(graphs, lower, problems, layouts, needs, batch) is None
+    assert verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch) is None
     for name, call in list(graphs._call.items()):
         if name == "primal":
             continue  # hands over residuals, which the tangent halves read
         monkeypatch.setitem(graphs._call, name, lambda *a, call=call, name=name: [bend(name, o) for o in call(*a)])
-        message = verify.find_disagreement(graphs, lower, problems, layouts, needs, batch)
+        message = verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch)
         assert message is not None and "relative difference" in message, name
         monkeypatch.setitem(graphs._call, name, call)
     assert bent
@@ -140,22 +142,23 @@ def test_rounding_is_told_from_mistakes(monkeypatch):
     plan, lower, _ = compiled(classifier=Chaotic, dtype=torch.float32)
     assert not plan._report.islands
     problems, layouts, needs = plan.graph.problems, plan._executor.layouts, plan.program.needs["classifier"]
+    layout = layouts["classifier"]
+    reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
     batch = plan._executor.states["classifier"].stream.peek()
     graphs = plan._executor._derive.__self__.derive("classifier", batch)
     parameters = list(lower.module.parameters())
     storages = [p.data_ptr() for p in parameters]
     values = [p.detach().clone() for p in parameters]
-    noisy = verify._with_noise(0, lower, problems, layouts, needs, batch)["Hessian-vector product"]
+    noisy = verify._with_noise(0, reference, lower, problems, layout, needs, batch)["Hessian-vector product"]
     assert [p.data_ptr() for p in parameters] == storages
     assert all(torch.equal(p, v) for p, v in zip(parameters, values, strict=True))
-    reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
-    product = verify._evaluate(reference, lower, batch, layouts["classifier"], needs)["Hessian-vector product"]
+    product = verify._evaluate(reference, lower, batch, layout, needs)["Hessian-vector product"]
     rounding = float((noisy - product).norm() / product.norm())
     assert rounding > 2e-4, "the loss is not chaotic enough for this test"
     for error, agrees in ((2 * rounding, True), (100 * rounding, False)):
         with monkeypatch.context() as patch:
             patch.setitem(graphs._call, "hvp", perturbed(graphs._call["hvp"], error))
-            message = verify.find_disagreement(graphs, lower, problems, layouts, needs, batch)
+            message = verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch)
         assert (message is None) == agrees, (error, message)
 
 
@@ -168,8 +171,10 @@ def test_small_losses_are_compared_too(monkeypatch):
 
     plan, lower, _ = compiled(classifier=Small, dtype=torch.float32)
     problems, layouts, needs = plan.graph.problems, plan._executor.layouts, plan.program.needs["classifier"]
+    layout = layouts["classifier"]
+    reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
     batch = plan._executor.states["classifier"].stream.peek()
     graphs = plan._executor._derive.__self__.derive("classifier", batch)
-    assert verify.find_disagreement(graphs, lower, problems, layouts, needs, batch) is None
+    assert verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch) is None
     monkeypatch.setitem(graphs._call, "gradient", perturbed(graphs._call["gradient"], 0.01))
-    assert "relative difference" in verify.find_disagreement(graphs, lower, problems, layouts, needs, batch)
+    assert "relative difference" in verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch)

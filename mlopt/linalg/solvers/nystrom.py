@@ -54,7 +54,14 @@ def nystrom_approximation(operator: AbstractLinearOperator, rank: int, *, seed: 
 
     Returns:
         The approximation, of rank at most `rank`.
+
+    Raises:
+        ValueError: The operator has blocks.
     """
+    if operator.blocks is not None:
+        raise ValueError(
+            "nystrom_approximation: expected an operator without blocks; use cg or dense for problems with tasks"
+        )
     rank = min(rank, operator.size)
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(operator.size, rank, generator=generator, dtype=torch.float64)
