@@ -102,6 +102,17 @@ class Graph:
         """Return the problems with a lower_to_upper edge into `name`, lowest first."""
         return [other for other in self.problems if other in self.reads(name) and self.is_below(other, name)]
 
+    def below(self, name: str) -> list[str]:
+        """Return the problems from which lower_to_upper edges lead to `name`, lowest first."""
+        found: set[str] = set()
+        stack = self.lowers(name)
+        while stack:
+            lower = stack.pop()
+            if lower not in found:
+                found.add(lower)
+                stack += self.lowers(lower)
+        return [other for other in self.problems if other in found]
+
     def is_below(self, a: str, b: str) -> bool:
         """Whether problem `a` comes before `b` in the list."""
         order = list(self.problems)

@@ -48,6 +48,8 @@ class Problem:
         warmup_steps: Optimizer steps this problem makes before any problem above it steps for the first time.
         gradient_accumulation: Micro-batches per optimizer step; the loss of a step is their mean. A hypergradient
             through this problem takes all of them, too.
+        roll_back: After each step of this problem, let the problems below it return to the start of their unroll and
+            make the whole unroll again, on the same batches with the same random numbers, under the new parameters.
         tasks: T, to give the problem T independent copies of its trained parameters: each gets a leading axis T, all
             copies starting from the present values. `training_step` is written for one task; every tensor of this
             problem's batches, and of those of a problem that reads it, has a leading axis T. A problem that reads one
@@ -74,6 +76,7 @@ class Problem:
         unroll_steps: int = 1,
         warmup_steps: int = 0,
         gradient_accumulation: int = 1,
+        roll_back: bool = False,
         tasks: int | None = None,
         clip_norm: float | None = None,
         normalize_gradient: bool = False,
@@ -88,6 +91,7 @@ class Problem:
         self.unroll_steps = unroll_steps
         self.warmup_steps = warmup_steps
         self.gradient_accumulation = gradient_accumulation
+        self.roll_back = roll_back
         self.tasks = tasks
         self.clip_norm = clip_norm
         self.normalize_gradient = normalize_gradient

@@ -40,6 +40,7 @@ class ProblemPlan:
         lowers: Problems that must have made their `unroll_steps` since this problem's last step.
         instructions: One step.
         estimator: How a problem above differentiates this problem's optimum.
+        rolled_back: Problems that repeat their unroll after this problem's step, lowest first.
         reached: Names of its parameters that a lower loss reads, through which the hypergradient is more than direct.
     """
 
@@ -49,6 +50,7 @@ class ProblemPlan:
     lowers: tuple[str, ...]
     instructions: tuple[Instruction, ...]
     estimator: AbstractEstimator
+    rolled_back: tuple[str, ...]
     reached: frozenset[str]
 
 
@@ -105,6 +107,7 @@ def plan_program(graph: Graph) -> ExecutionPlan:
                 lowers=tuple(graph.lowers(name)),
                 instructions=instructions,
                 estimator=estimators[name],
+                rolled_back=tuple(graph.below(name)) if graph.problems[name].roll_back else (),
                 reached=frozenset(reached),
             )
         )

@@ -27,6 +27,7 @@ from mlopt.runtime.derivatives import (
     mean_result,
 )
 from mlopt.runtime.rng import frozen_random_state, get_random_state
+from mlopt.runtime.rollback import Snapshot, Unroll
 from mlopt.runtime.state import ProblemState, Sample
 
 Derive = Callable[[str, Batch], AbstractDerivatives]
@@ -73,6 +74,7 @@ class Executor:
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
         self.solutions: dict[tuple[str, str], Solution] = {}  # the same, for reports
         self._derive = derive
+        self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
         self._warned: set[tuple[str, str, Outcome]] = set()
 
     def is_due(self, name: str) -> bool:
@@ -90,26 +92,50 @@ class Executor:
         state = self.states[name]
         count = self.problems[name].gradient_accumulation
         batches = state.stream.ahead(count)
-        run = self._run(name, batches, keep_guesses=True)
-        result = run.result
-        assert result is not None
-        gradients = self._total_gradient(name, run)
+        self._begin_unrolls(name)
+        run = self._step_on(name, [Sample(b) for b in batches])
+        assert run.result is not None
         state.stream.advance(count)
-        state.samples = run.samples
-        with torch.no_grad():
-            for live, value in result.buffers:
-                live.copy_(value)
-        self._update(name, gradients)
         state.num_steps += 1
         state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
-        return {"loss": result.loss, **result.metrics}
+        for unroll in self._open_unrolls(name):
+            unroll.steps.append((name, state.samples))
+        unroll_below = self._unrolls.pop(name, None)
+        if unroll_below is not None:
+            unroll_below.restore()
+            for lower, samples in unroll_below.steps:
+                self._step_on(lower, samples)
+        return {"loss": run.result.loss, **run.result.metrics}
+
+    def _step_on(self, name: str, samples: Sequence[Sample]) -> Pass:
+        """Make one optimizer step on given micro-batches, with the random numbers of those that have been used before."""
+        run = self._run(name, samples, keep_guesses=True)
+        assert run.result is not None
+        gradients = self._total_gradient(name, run)
+        self.states[name].samples = run.samples
+        with torch.no_grad():
+            for live, value in run.result.buffers:
+                live.copy_(value)
+        self._update(name, gradients)
+        return run
+
+    def _begin_unrolls(self, name: str) -> None:
+        """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
+        for upper in self.plan.problems:
+            if name in upper.rolled_back and upper.name not in self._unrolls:
+                below = {lower: self.problems[lower] for lower in upper.rolled_back}
+                if all(self.states[lower].num_steps >= problem.warmup_steps for lower, problem in below.items()):
+                    self._unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
+
+    def _open_unrolls(self, name: str) -> list[Unroll]:
+        return [self._unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self._unrolls]
 
     def hypergradient(self, name: str, batches: Sequence[Batch] | None) -> list[torch.Tensor | None]:
         """Return the total gradient of a problem at the present state; nothing is changed."""
         if batches is None:
             batches = self.states[name].stream.ahead(self.problems[name].gradient_accumulation)
         with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
-            run = self._run(name, batches, keep_guesses=False)
+            run = self._run(name, [Sample(b) for b in batches], keep_guesses=False)
         return self._total_gradient(name, run)
 
     def lower_samples(self, name: str) -> tuple[Sample, ...]:
@@ -122,11 +148,11 @@ class Executor:
             return state.samples
         return tuple(Sample(b) for b in state.stream.ahead(self.problems[name].gradient_accumulation))
 
-    def _run(self, name: str, batches: Sequence[Batch], *, keep_guesses: bool) -> Pass:
+    def _run(self, name: str, samples: Sequence[Sample], *, keep_guesses: bool) -> Pass:
         run = Pass()
         for instruction in self.plan[name].instructions:
             if isinstance(instruction, Gradient):
-                run.result, run.samples = self._gradient(name, batches)
+                run.result, run.samples = self._gradient(name, samples)
                 for read, slot in instruction.cotangents:
                     run.add(slot, run.result.cotangents[read])
             elif isinstance(instruction, Linearize):
@@ -140,16 +166,18 @@ class Executor:
                 assert isinstance(instruction, Update)  # by the caller, once nothing can fail any more
         return run
 
-    def _gradient(self, name: str, batches: Sequence[Batch]) -> tuple[GradientResult, tuple[Sample, ...]]:
+    def _gradient(self, name: str, given: Sequence[Sample]) -> tuple[GradientResult, tuple[Sample, ...]]:
         """Evaluate the mean loss of the micro-batches; each sees the buffers that the one before left."""
         device = self.layouts[name].device
         results, samples = [], []
         moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for batch in batches:
-            derivatives = self._derive(name, batch)
-            samples.append(Sample(batch, get_random_state(device) if derivatives.is_random else None))
-            with derivatives.at({key: value for key, (_, value) in moved.items()}):
-                results.append(derivatives.gradient(batch))
+        for sample in given:
+            derivatives = self._derive(name, sample.batch)
+            with frozen_random_state(sample.random_state):
+                before = get_random_state(device) if derivatives.is_random else None
+                samples.append(Sample(sample.batch, before))
+                with derivatives.at({key: value for key, (_, value) in moved.items()}):
+                    results.append(derivatives.gradient(sample.batch))
             moved.update({id(live): (live, value) for live, value in results[-1].buffers})
         return mean_result(results, list(moved.values())), tuple(samples)
 
