@@ -90,7 +90,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
             compiler.derive(name, compiler.streams[name].peek())
             bar.update()
     executor = Executor(compiler.program, graph.problems, compiler.layouts, compiler.derive, compiler.streams)
-    return Plan(graph, compiler.program, executor, compiler.report)
+    return Plan(graph, compiler.program, executor, compiler.report, compiler.autograd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +185,11 @@ class Compiler:
                 f"{_names(loss)}; when the plan was made it read {_names(first)}. The problem graph must not change"
             )
         if isinstance(loss, Island):
-            return self._autograd(name, needs)
+            return self.autograd(name, needs)
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
         if isinstance(graphs, Island):
-            return self._autograd(name, needs)
+            return self.autograd(name, needs)
         derivatives: AbstractDerivatives = GraphDerivatives(graphs, self.backend)
         self.report.seconds["differentiate and lower"] += time.perf_counter() - start
         self.report.add(name, graphs)
@@ -290,7 +290,8 @@ class Compiler:
             return None
         return axis if with_tasks.intersection(reads) else None
 
-    def _autograd(self, name: str, needs: ProductNeeds) -> AutogradDerivatives | TaskAutogradDerivatives:
+    def autograd(self, name: str, needs: ProductNeeds) -> AutogradDerivatives | TaskAutogradDerivatives:
+        """Return a problem's derivatives by plain autograd."""
         problem, problems, axis = self.graph.problems[name], self.graph.problems, self.axes[name]
         if axis is not None:
             return TaskAutogradDerivatives(problem, problems, self.layouts, needs, axis)
@@ -298,12 +299,12 @@ class Compiler:
 
     def _eager_reads(self, name: str, batch: Batch) -> dict[str, tuple[str, ...]]:
         with frozen_random_state(get_random_state(self.layouts[name].device)):
-            return self._autograd(name, ProductNeeds()).reads(batch)
+            return self.autograd(name, ProductNeeds()).reads(batch)
 
     def _verified(self, name: str, derivatives: AbstractDerivatives, batch: Batch) -> AbstractDerivatives:
         assert self.program is not None
         problem, problems, needs = self.graph.problems[name], self.graph.problems, self.program.needs[name]
-        reference = self._autograd(name, needs)
+        reference = self.autograd(name, needs)
         if self.axes[name] is not None and derivatives.is_random:
             self.report.unverified[name] = "its tasks draw their random numbers in another order than a loop over them"
             return derivatives

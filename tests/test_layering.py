@@ -28,6 +28,7 @@ ALLOWED = {
         "drawing",
         "errors",
         "graph",
+        "hypergradient",
         "linalg",
         "ops",
         "planner",

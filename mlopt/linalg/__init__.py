@@ -6,6 +6,7 @@ never a loss or a problem. Usable on their own::
     solution = mlopt.linalg.cg(operator, b, max_steps=50, rtol=1e-8)
 """
 
+from mlopt.linalg.lanczos import extreme_eigenvalues
 from mlopt.linalg.operator import (
     AbstractLinearOperator,
     BlockOperator,
@@ -35,6 +36,7 @@ __all__ = [
     "Solution",
     "cg",
     "dense",
+    "extreme_eigenvalues",
     "neumann",
     "nystrom",
     "nystrom_approximation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator
@@ -84,10 +84,15 @@ class ExecutionPlan:
         return "\n".join(blocks)
 
 
-def plan_program(graph: Graph) -> ExecutionPlan:
-    """Plan every problem of a graph whose edges are known."""
+def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | None = None) -> ExecutionPlan:
+    """Plan every problem of a graph whose edges are known.
+
+    Args:
+        graph: The problem graph.
+        estimators: The estimator of each problem; default: what the problems ask for, or `CG`.
+    """
     order = list(graph.problems)
-    estimators = {name: problem.hypergradient or CG() for name, problem in graph.problems.items()}
+    estimators = estimators or {name: problem.hypergradient or CG() for name, problem in graph.problems.items()}
     reads = {name: list(graph.reads(name)) for name in order}
     levels = graph.levels()
     problems = []

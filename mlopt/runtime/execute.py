@@ -13,6 +13,7 @@ from mlopt import ops
 from mlopt.autodiff import FlatLayout
 from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
+from mlopt.hypergradient import AbstractEstimator
 from mlopt.linalg import AbstractLinearOperator, BlockOperator, FunctionOperator, Outcome, Solution
 from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solve, Update
 from mlopt.planner.instructions import HYPERGRADIENT
@@ -23,6 +24,7 @@ from mlopt.runtime.derivatives import (
     AbstractLinearization,
     GradientResult,
     MeanLinearization,
+    mean,
     mean_of_each,
     mean_result,
 )
@@ -39,6 +41,7 @@ class Pass:
 
     slots: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     linearizations: dict[str, AbstractLinearization] = dataclasses.field(default_factory=dict)
+    solutions: dict[str, Solution] = dataclasses.field(default_factory=dict)
     result: GradientResult | None = None
     samples: tuple[Sample, ...] = ()
 
@@ -46,6 +49,21 @@ class Pass:
         """Add a vector into a slot; an empty slot takes it over."""
         present = self.slots.get(slot)
         self.slots[slot] = value if present is None else present + value
+
+
+class _NoProducts(AbstractLinearization):
+    """Stands for the Hessian of a problem whose estimator has said that it does not multiply with it."""
+
+    def __init__(self, estimator: AbstractEstimator) -> None:
+        self._estimator = estimator
+
+    def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        raise ValueError(
+            f"{self._estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
+        )
+
+    def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise AssertionError("mixed products are not asked of an operator")
 
 
 class Executor:
@@ -57,6 +75,7 @@ class Executor:
         layouts: Their flat layouts.
         derive: Gives the derivatives of a problem that are valid for a batch.
         streams: Their batches.
+        quiet: Do not warn of solves that end badly.
     """
 
     def __init__(
@@ -66,14 +85,16 @@ class Executor:
         layouts: Mapping[str, FlatLayout],
         derive: Derive,
         streams: Mapping[str, BatchStream],
+        *,
+        quiet: bool = False,
     ) -> None:
         self.plan = plan
         self.problems = problems
         self.layouts = layouts
         self.states = {name: ProblemState(streams[name]) for name in problems}
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
-        self.solutions: dict[tuple[str, str], Solution] = {}  # the same, for reports
         self._derive = derive
+        self._quiet = quiet
         self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
         self._warned: set[tuple[str, str, Outcome]] = set()
 
@@ -108,10 +129,10 @@ class Executor:
         return {"loss": run.result.loss, **run.result.metrics}
 
     def _step_on(self, name: str, samples: Sequence[Sample]) -> Pass:
-        """Make one optimizer step on given micro-batches, with the random numbers of those that have been used before."""
+        """Make one optimizer step on given micro-batches, with their random numbers if they have been used."""
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
-        gradients = self._total_gradient(name, run)
+        gradients = self.total_gradient(name, run)
         self.states[name].samples = run.samples
         with torch.no_grad():
             for live, value in run.result.buffers:
@@ -130,13 +151,16 @@ class Executor:
     def _open_unrolls(self, name: str) -> list[Unroll]:
         return [self._unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self._unrolls]
 
-    def hypergradient(self, name: str, batches: Sequence[Batch] | None) -> list[torch.Tensor | None]:
-        """Return the total gradient of a problem at the present state; nothing is changed."""
+    def evaluate(self, name: str, batches: Sequence[Batch] | None = None) -> Pass:
+        """Run a problem's instructions at the present state, its update excepted; nothing is changed."""
         if batches is None:
             batches = self.states[name].stream.ahead(self.problems[name].gradient_accumulation)
         with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
-            run = self._run(name, [Sample(b) for b in batches], keep_guesses=False)
-        return self._total_gradient(name, run)
+            return self._run(name, [Sample(b) for b in batches], keep_guesses=False)
+
+    def hypergradient(self, name: str, batches: Sequence[Batch] | None) -> list[torch.Tensor | None]:
+        """Return the total gradient of a problem at the present state; nothing is changed."""
+        return self.total_gradient(name, self.evaluate(name, batches))
 
     def lower_samples(self, name: str) -> tuple[Sample, ...]:
         """Return what a lower problem is differentiated on: the micro-batches of its last step.
@@ -156,12 +180,13 @@ class Executor:
                 for read, slot in instruction.cotangents:
                     run.add(slot, run.result.cotangents[read])
             elif isinstance(instruction, Linearize):
-                run.linearizations[instruction.problem] = self._linearize(instruction.problem)
+                run.linearizations[instruction.problem] = self.linearize(instruction.problem)
             elif isinstance(instruction, Solve):
                 self._solve(name, instruction, run, keep_guesses=keep_guesses)
             elif isinstance(instruction, MixedProduct):
-                for slot, value in self._mixed(instruction, run):
-                    run.add(slot, -value)
+                products = self.mixed_products(instruction, run)
+                for read, slot in instruction.targets:
+                    run.add(slot, -products[read])
             else:
                 assert isinstance(instruction, Update)  # by the caller, once nothing can fail any more
         return run
@@ -181,46 +206,41 @@ class Executor:
             moved.update({id(live): (live, value) for live, value in results[-1].buffers})
         return mean_result(results, list(moved.values())), tuple(samples)
 
-    def _linearize(self, name: str) -> AbstractLinearization:
+    def linearize(self, name: str) -> AbstractLinearization:
+        """Return the second-order products of a lower problem at the present state."""
         parts = []
         for sample in self.lower_samples(name):
             with frozen_random_state(sample.random_state):
                 parts.append(self._derive(name, sample.batch).linearize(sample.batch))
         return parts[0] if len(parts) == 1 else MeanLinearization(parts)
 
+    def operator(self, name: str, linearization: AbstractLinearization) -> AbstractLinearOperator:
+        """Return a problem's Hessian as an operator."""
+        layout = self.layouts[name]
+        dtype, device, product = layout.dtype, layout.device, linearization.hvp
+        if layout.tasks is None:
+            return FunctionOperator(product, layout.size, rows=linearization.hvps, dtype=dtype, device=device)
+        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
+
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
-        layout = self.layouts[instruction.problem]
-        linearization = run.linearizations.get(instruction.problem)
-
-        def no_product(_: torch.Tensor) -> torch.Tensor:
-            raise ValueError(
-                f"{instruction.estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
-            )
-
-        product: Callable[[torch.Tensor], torch.Tensor] = no_product
-        rows = product
-        if linearization is not None and instruction.estimator.uses_hvp:
-            product, rows = linearization.hvp, linearization.hvps
-        dtype, device = layout.dtype, layout.device
-        operator: AbstractLinearOperator
-        if layout.tasks is None:
-            operator = FunctionOperator(product, layout.size, rows=rows, dtype=dtype, device=device)
+        estimator = instruction.estimator
+        if estimator.uses_hvp:
+            operator = self.operator(instruction.problem, run.linearizations[instruction.problem])
         else:
-            operator = BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
-        guess = self.guesses.get(key) if instruction.estimator.warm_start else None
+            operator = self.operator(instruction.problem, _NoProducts(estimator))
+        guess = self.guesses.get(key) if estimator.warm_start else None
         with torch.no_grad():
-            solution = instruction.estimator.solve(operator, run.slots[instruction.rhs], guess)
+            solution = estimator.solve(operator, run.slots[instruction.rhs], guess)
         run.slots[instruction.out] = solution.value
-        if keep_guesses:
-            self.solutions[key] = solution
-            if instruction.estimator.warm_start:
-                self.guesses[key] = solution.value
+        run.solutions[instruction.out] = solution
+        if keep_guesses and estimator.warm_start:
+            self.guesses[key] = solution.value
         self._report(name, instruction, solution.outcome)
 
     def _report(self, name: str, instruction: Solve, outcome: Outcome) -> None:
         key = (name, instruction.out, outcome)
-        if outcome < Outcome.DIVERGING or key in self._warned:
+        if self._quiet or outcome < Outcome.DIVERGING or key in self._warned:
             return
         self._warned.add(key)
         warnings.warn(
@@ -230,13 +250,21 @@ class Executor:
             stacklevel=6,
         )
 
-    def _mixed(self, instruction: MixedProduct, run: Pass) -> list[tuple[str, torch.Tensor]]:
+    def mixed_products(self, instruction: MixedProduct, run: Pass) -> dict[str, torch.Tensor]:
+        """Return the products of an instruction, by the problem they belong to."""
         vector = run.slots[instruction.vector]
         if instruction.step is None:
-            products = run.linearizations[instruction.problem].mixed(vector)
-        else:
-            products = self._central_difference(instruction.problem, vector, instruction.step)
-        return [(slot, products[r]) for r, slot in instruction.targets]
+            return run.linearizations[instruction.problem].mixed(vector)
+        return self._central_difference(instruction.problem, vector, instruction.step)
+
+    def own_gradient(self, name: str) -> torch.Tensor:
+        """Return the gradient of a lower problem's own loss where it is differentiated, as a vector."""
+        layout = self.layouts[name]
+        parts = []
+        for sample in self.lower_samples(name):
+            with silenced(), frozen_random_state(sample.random_state or get_random_state(layout.device)):
+                parts.append(layout.flatten(self._derive(name, sample.batch).gradient(sample.batch).own))
+        return mean(parts)
 
     def _central_difference(self, name: str, vector: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -258,7 +286,8 @@ class Executor:
                 parts.append(self._derive(name, sample.batch).read_gradient(sample.batch, own))
         return mean_of_each(parts)
 
-    def _total_gradient(self, name: str, run: Pass) -> list[torch.Tensor | None]:
+    def total_gradient(self, name: str, run: Pass) -> list[torch.Tensor | None]:
+        """Return direct plus indirect gradient of a run, one entry per trained parameter."""
         assert run.result is not None
         indirect = run.slots.get(HYPERGRADIENT)
         if indirect is None:

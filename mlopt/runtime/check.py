@@ -1,0 +1,339 @@
+"""``plan.check()``: how good are the hypergradients at the present state?
+
+Every estimate is compared with a reference that shares nothing with it but the user's code: plain autograd for the
+products, and for the solve the whole Hessian (small problems) or conjugate gradients to a tight tolerance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from mlopt.graph import Graph
+from mlopt.hypergradient import CG, AbstractEstimator, Dense
+from mlopt.linalg import Outcome, extreme_eigenvalues
+from mlopt.planner import MixedProduct, ProductNeeds, Solve, plan_program
+from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization
+from mlopt.runtime.execute import Executor, Pass
+
+# Up to this size the reference is the whole Hessian, which also gives its exact spectrum.
+DENSE_SIZE = 1500
+# How far an implicit gradient may be off because of an unconverged lower problem before the report warns.
+_CONVERGED = 0.1
+# A hypergradient whose indirect part is smaller than this relative to the direct one is called zero.
+_ZERO = 1e-10
+
+Reference = Callable[[str, ProductNeeds], AbstractDerivatives]
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeCheck:
+    """One lower problem that is differentiated for an upper one.
+
+    Attributes:
+        upper: The problem whose hypergradient it is.
+        lower: The problem whose optimum is differentiated.
+        estimator: How.
+        num_steps: Iterations of the solve.
+        residual: True relative residual ``||H q - v|| / ||v||`` (no damping), by an exact product.
+        cosine: Between the contribution ``(d2g/dlambda dtheta)^T q`` and that of the reference.
+        error: Relative error of that contribution.
+        smallest: Smallest eigenvalue of H found.
+        largest: Largest eigenvalue of H found.
+        gradient_norm: Norm of the lower gradient, which is 0 at an optimum.
+        reference: How the reference was solved, and how that ended.
+    """
+
+    upper: str
+    lower: str
+    estimator: AbstractEstimator
+    num_steps: int
+    residual: float
+    cosine: float
+    error: float
+    smallest: float
+    largest: float
+    gradient_norm: float
+    reference: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientCheck:
+    """The total gradient of one upper problem.
+
+    Attributes:
+        upper: The problem.
+        norm: Norm of its hypergradient.
+        indirect: Norm of the part that comes through lower problems.
+        cosine: Between the hypergradient and the reference.
+        error: Its relative error.
+        drift: By how much, relatively, the reference hypergradient changes if the lower problems take one Newton step
+            towards their optimum; NaN if their Hessians are not positive definite.
+    """
+
+    upper: str
+    norm: float
+    indirect: float
+    cosine: float
+    error: float
+    drift: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `Plan.check` found; prints as tables, followed by warnings.
+
+    Attributes:
+        hypergradients: One entry per upper problem.
+        edges: One entry per solve.
+        warnings: What a user should know or do, one line each.
+    """
+
+    hypergradients: tuple[HypergradientCheck, ...]
+    edges: tuple[EdgeCheck, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Print the tables."""
+        lines = ["hypergradients, against a reference by plain autograd and accurate solves"]
+        lines += _table(
+            ("problem", "norm", "indirect part", "cosine", "relative error", "change at the lower optimum"),
+            [
+                (h.upper, f"{h.norm:.3e}", f"{h.indirect:.3e}", _cosine(h.cosine), _percent(h.error), _percent(h.drift))
+                for h in self.hypergradients
+            ],
+        )
+        lines += ["", "lower problems differentiated"]
+        lines += _table(
+            (
+                "edge",
+                "estimator",
+                "steps",
+                "residual",
+                "cosine",
+                "relative error",
+                "eigenvalues of H",
+                "|lower gradient|",
+            ),
+            [
+                (
+                    f"{e.lower} -> {e.upper}",
+                    repr(e.estimator),
+                    str(e.num_steps),
+                    _scientific(e.residual),
+                    _cosine(e.cosine),
+                    _percent(e.error),
+                    f"{e.smallest:.2g} to {e.largest:.2g}",
+                    f"{e.gradient_norm:.2e}",
+                )
+                for e in self.edges
+            ],
+        )
+        if self.warnings:
+            lines += ["", "warnings", *(f"  {w}" for w in self.warnings)]
+        return "\n".join(lines)
+
+
+def check(graph: Graph, executor: Executor, reference: Reference) -> Report:
+    """Check every hypergradient of a program at its present state; nothing is changed.
+
+    Args:
+        graph: The problem graph.
+        executor: The running program.
+        reference: Gives a problem's derivatives by plain autograd.
+    """
+    solvers = {n: _reference_estimator(executor.layouts[n].size) for n in graph.problems}
+    program = plan_program(graph, solvers)
+    known = {name: reference(name, program.needs[name]) for name in graph.problems}
+    exact = Executor(
+        program,
+        executor.problems,
+        executor.layouts,
+        lambda name, _: known[name],
+        {name: state.stream for name, state in executor.states.items()},
+        quiet=True,
+    )
+    exact.states = executor.states
+    hypergradients, edges, warnings = [], [], []
+    for plan in executor.plan.problems:
+        name = plan.name
+        if not plan.lowers and not plan.reached:
+            continue
+        run, truth = executor.evaluate(name), exact.evaluate(name)
+        edges += _check_edges(name, run, executor, exact)
+        hypergradients.append(_check_total(name, run, truth, executor, exact))
+    warnings += _warnings(executor, hypergradients, edges)
+    return Report(tuple(hypergradients), tuple(edges), tuple(warnings))
+
+
+def _reference_estimator(size: int) -> AbstractEstimator:
+    return Dense(max_size=DENSE_SIZE) if size <= DENSE_SIZE else CG(max_steps=500, rtol=1e-7)
+
+
+def _check_edges(upper: str, run: Pass, executor: Executor, exact: Executor) -> list[EdgeCheck]:
+    found = []
+    solves = {i.out: i for i in executor.plan[upper].instructions if isinstance(i, Solve)}
+    for instruction in executor.plan[upper].instructions:
+        if not isinstance(instruction, MixedProduct):
+            continue
+        solve = solves[instruction.vector]
+        lower, v, q = solve.problem, run.slots[solve.rhs], run.slots[solve.out]
+        linearization = exact.linearize(lower)
+        operator = exact.operator(lower, linearization)
+        solver = _reference_estimator(operator.size)
+        with torch.no_grad():
+            truth = solver.solve(operator, v, None)
+            remainder = linearization.hvp(q) - v
+        targets = [r for r, _ in instruction.targets]
+        got, expected = _contribution(linearization, q, targets), _contribution(linearization, truth.value, targets)
+        if instruction.step is not None:  # the product itself is an estimate, too
+            got = _flat({r: t for r, t in executor.mixed_products(instruction, run).items() if r in targets})
+        smallest, largest = (float(x) for x in extreme_eigenvalues(operator))
+        gradient = exact.own_gradient(lower)
+        outcome = truth.outcome
+        found.append(
+            EdgeCheck(
+                upper=upper,
+                lower=lower,
+                estimator=solve.estimator,
+                num_steps=int(run.solutions[solve.out].num_steps.max()),
+                residual=_ratio(remainder, v),
+                cosine=_cosine_of(got, expected),
+                error=_ratio(got - expected, expected),
+                smallest=smallest,
+                largest=largest,
+                gradient_norm=float(gradient.norm()),
+                reference=f"{type(solver).__name__}: {outcome.name.lower()}",
+            )
+        )
+    return found
+
+
+def _contribution(linearization: AbstractLinearization, q: torch.Tensor, targets: list[str]) -> torch.Tensor:
+    products = linearization.mixed(q)
+    return _flat({r: products[r] for r in targets})
+
+
+def _check_total(name: str, run: Pass, truth: Pass, executor: Executor, exact: Executor) -> HypergradientCheck:
+    layout = executor.layouts[name]
+    got = layout.flatten(executor.total_gradient(name, run))
+    expected = layout.flatten(exact.total_gradient(name, truth))
+    assert run.result is not None
+    direct = layout.flatten(run.result.own)
+    lowers = {i.problem for i in exact.plan[name].instructions if isinstance(i, Solve)}
+    drift = float("nan")
+    steps = {lower: _newton_step(lower, exact) for lower in lowers}
+    if steps and all(step is not None for step in steps.values()):
+        with _moved(exact, {lower: step for lower, step in steps.items() if step is not None}):
+            there = layout.flatten(exact.total_gradient(name, exact.evaluate(name)))
+        drift = _ratio(there - expected, expected)
+    return HypergradientCheck(
+        upper=name,
+        norm=float(got.norm()),
+        indirect=float((got - direct).norm()),
+        cosine=_cosine_of(got, expected),
+        error=_ratio(got - expected, expected),
+        drift=drift,
+    )
+
+
+def _newton_step(lower: str, exact: Executor) -> torch.Tensor | None:
+    """Return ``H^-1 dg/dtheta``, or None if H is not positive definite."""
+    operator = exact.operator(lower, exact.linearize(lower))
+    smallest, _ = extreme_eigenvalues(operator)
+    if not bool(smallest > 0):
+        return None
+    solution = _reference_estimator(operator.size).solve(operator, exact.own_gradient(lower), None)
+    return solution.value if solution.outcome <= Outcome.MAX_STEPS else None
+
+
+@contextlib.contextmanager
+def _moved(executor: Executor, steps: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the parameters of some problems be ``theta - step``; the very same storages are back afterwards."""
+    before = []
+    try:
+        for name, step in steps.items():
+            parameters = executor.problems[name].trained_parameters().values()
+            for parameter, part in zip(parameters, executor.layouts[name].split(step), strict=True):
+                before.append((parameter, parameter.data))
+                parameter.data = parameter.data - part
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+def _warnings(executor: Executor, totals: list[HypergradientCheck], edges: list[EdgeCheck]) -> list[str]:
+    found = []
+    for h in totals:
+        plan = executor.plan[h.upper]
+        if not plan.reached:
+            found.append(
+                f"{h.upper}: no lower loss depends on its parameters: its hypergradient is the direct gradient only"
+            )
+        elif h.indirect <= _ZERO * max(h.norm, torch.finfo(torch.float64).tiny):
+            found.append(
+                f"{h.upper}: the part of its hypergradient that comes through lower problems is numerically zero "
+                f"({h.indirect:.1e}): saturated units, or weights that do not matter at the present state?"
+            )
+        if h.drift > _CONVERGED:
+            norms = ", ".join(f"{e.lower} {e.gradient_norm:.1e}" for e in edges if e.upper == h.upper)
+            found.append(
+                f"{h.upper}: the lower problem has not converged (|gradient|: {norms}): implicit gradients are off by "
+                f"{_percent(h.drift)} from those one Newton step nearer to the optimum; raise unroll_steps or the "
+                "lower learning rate, or use mlopt.Unroll"
+            )
+    for e in edges:
+        label = f"{e.lower} -> {e.upper}"
+        if e.smallest <= 0:
+            found.append(
+                f"{label}: H is not positive definite (an eigenvalue of {e.smallest:.2g}): {e.lower} is not at a "
+                "strict minimum; train it further, add weight decay, or use damping"
+            )
+        elif e.error > 0.5:
+            found.append(
+                f"{label}: the estimate is off by {_percent(e.error)}, residual {_scientific(e.residual)}: more steps "
+                "or terms, or less damping, would bring it nearer"
+            )
+    return found
+
+
+def _flat(products: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.reshape(-1) for t in products.values()])
+
+
+def _ratio(difference: torch.Tensor, scale: torch.Tensor) -> float:
+    size = float(scale.norm())
+    return float(difference.norm()) / size if size > 0 else float("nan")
+
+
+def _cosine_of(a: torch.Tensor, b: torch.Tensor) -> float:
+    size = float(a.norm() * b.norm())
+    return float(torch.dot(a.reshape(-1), b.reshape(-1))) / size if size > 0 else float("nan")
+
+
+def _percent(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:.2g} %" if value < 10 else f"{value:.1e} x"
+
+
+def _cosine(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def _scientific(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1e}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return ["  none"]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return [f"  {line}".rstrip() for line in lines]
