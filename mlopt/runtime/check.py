@@ -15,10 +15,11 @@ import torch
 
 from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator, Dense
-from mlopt.linalg import Outcome, extreme_eigenvalues
+from mlopt.linalg import Outcome, Solution, extreme_eigenvalues
 from mlopt.planner import MixedProduct, ProductNeeds, Solve, plan_program
-from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization
+from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, MeanLinearization
 from mlopt.runtime.execute import Executor, Pass
+from mlopt.runtime.rng import frozen_random_state
 
 # Up to this size the reference is the whole Hessian, which also gives its exact spectrum.
 DENSE_SIZE = 1500
@@ -45,7 +46,9 @@ class EdgeCheck:
         smallest: Smallest eigenvalue of H found.
         largest: Largest eigenvalue of H found.
         gradient_norm: Norm of the lower gradient, which is 0 at an optimum.
-        reference: How the reference was solved, and how that ended.
+        reference: What the estimate is compared with: the exact solution for H, or, where H is too large to be
+            inverted and not positive definite, that for ``H + damping I`` with the estimator's own damping. Where
+            that is not positive definite either, there is none, and cosine and error are NaN.
     """
 
     upper: str
@@ -72,7 +75,7 @@ class HypergradientCheck:
         cosine: Between the hypergradient and the reference.
         error: Its relative error.
         drift: By how much, relatively, the reference hypergradient changes if the lower problems take one Newton step
-            towards their optimum; NaN if their Hessians are not positive definite.
+            towards their optimum; NaN if a Hessian is not positive definite.
     """
 
     upper: str
@@ -127,6 +130,7 @@ class Report:
                     _scientific(e.residual),
                     _cosine(e.cosine),
                     _percent(e.error),
+                    e.reference,
                     f"{e.smallest:.2g} to {e.largest:.2g}",
                     f"{e.gradient_norm:.2e}",
                 )
@@ -146,7 +150,11 @@ def check(graph: Graph, executor: Executor, reference: Reference) -> Report:
         executor: The running program.
         reference: Gives a problem's derivatives by plain autograd.
     """
-    solvers = {n: _reference_estimator(executor.layouts[n].size) for n in graph.problems}
+    extremes = {name: _extremes(name, executor, reference) for name in _lowers(executor)}
+    solvers = {
+        name: _reference_estimator(executor.layouts[name].size, executor.plan[name].estimator, extremes.get(name))
+        for name in graph.problems
+    }
     program = plan_program(graph, solvers)
     known = {name: reference(name, program.needs[name]) for name in graph.problems}
     exact = Executor(
@@ -164,17 +172,46 @@ def check(graph: Graph, executor: Executor, reference: Reference) -> Report:
         if not plan.lowers and not plan.reached:
             continue
         run, truth = executor.evaluate(name), exact.evaluate(name)
-        edges += _check_edges(name, run, executor, exact)
-        hypergradients.append(_check_total(name, run, truth, executor, exact))
+        edges += _check_edges(name, run, executor, exact, extremes)
+        hypergradients.append(_check_total(name, run, truth, executor, exact, extremes))
     warnings += _warnings(executor, hypergradients, edges)
     return Report(tuple(hypergradients), tuple(edges), tuple(warnings))
 
 
-def _reference_estimator(size: int) -> AbstractEstimator:
-    return Dense(max_size=DENSE_SIZE) if size <= DENSE_SIZE else CG(max_steps=500, rtol=1e-7)
+def _lowers(executor: Executor) -> list[str]:
+    """Return the problems whose optimum some hypergradient differentiates."""
+    used = {i.problem for p in executor.plan.problems for i in p.instructions if isinstance(i, Solve)}
+    return [p.name for p in executor.plan.problems if p.name in used]
 
 
-def _check_edges(upper: str, run: Pass, executor: Executor, exact: Executor) -> list[EdgeCheck]:
+def _extremes(name: str, executor: Executor, reference: Reference) -> tuple[float, float]:
+    """Return the smallest and the largest eigenvalue of a problem's Hessian that were found."""
+    derivatives = reference(name, ProductNeeds(hvp=True))
+    parts = []
+    for sample in executor.lower_samples(name):
+        with frozen_random_state(sample.random_state):
+            parts.append(derivatives.linearize(sample.batch))
+    smallest, largest = extreme_eigenvalues(executor.operator(name, MeanLinearization(parts)))
+    return float(smallest), float(largest)
+
+
+def _reference_estimator(
+    size: int, estimator: AbstractEstimator, extremes: tuple[float, float] | None
+) -> AbstractEstimator:
+    if size <= DENSE_SIZE:
+        return Dense(max_size=DENSE_SIZE)
+    indefinite = extremes is not None and extremes[0] <= 0
+    return CG(max_steps=500, rtol=1e-7, damping=getattr(estimator, "damping", 0.0) if indefinite else 0.0)
+
+
+def _describe(solver: AbstractEstimator) -> str:
+    damping = getattr(solver, "damping", 0.0)
+    return f"H + {damping:g} I" if damping else "H"
+
+
+def _check_edges(
+    upper: str, run: Pass, executor: Executor, exact: Executor, extremes: Mapping[str, tuple[float, float]]
+) -> list[EdgeCheck]:
     found = []
     solves = {i.out: i for i in executor.plan[upper].instructions if isinstance(i, Solve)}
     for instruction in executor.plan[upper].instructions:
@@ -184,7 +221,7 @@ def _check_edges(upper: str, run: Pass, executor: Executor, exact: Executor) -> 
         lower, v, q = solve.problem, run.slots[solve.rhs], run.slots[solve.out]
         linearization = exact.linearize(lower)
         operator = exact.operator(lower, linearization)
-        solver = _reference_estimator(operator.size)
+        solver = exact.plan[lower].estimator
         with torch.no_grad():
             truth = solver.solve(operator, v, None)
             remainder = linearization.hvp(q) - v
@@ -192,9 +229,9 @@ def _check_edges(upper: str, run: Pass, executor: Executor, exact: Executor) -> 
         got, expected = _contribution(linearization, q, targets), _contribution(linearization, truth.value, targets)
         if instruction.step is not None:  # the product itself is an estimate, too
             got = _flat({r: t for r, t in executor.mixed_products(instruction, run).items() if r in targets})
-        smallest, largest = (float(x) for x in extreme_eigenvalues(operator))
+        known = _is_known(truth)
+        smallest, largest = extremes[lower]
         gradient = exact.own_gradient(lower)
-        outcome = truth.outcome
         found.append(
             EdgeCheck(
                 upper=upper,
@@ -202,12 +239,12 @@ def _check_edges(upper: str, run: Pass, executor: Executor, exact: Executor) -> 
                 estimator=solve.estimator,
                 num_steps=int(run.solutions[solve.out].num_steps.max()),
                 residual=_ratio(remainder, v),
-                cosine=_cosine_of(got, expected),
-                error=_ratio(got - expected, expected),
+                cosine=_cosine_of(got, expected) if known else float("nan"),
+                error=_ratio(got - expected, expected) if known else float("nan"),
                 smallest=smallest,
                 largest=largest,
                 gradient_norm=float(gradient.norm()),
-                reference=f"{type(solver).__name__}: {outcome.name.lower()}",
+                reference=_describe(solver) if known else "none",
             )
         )
     return found
@@ -218,7 +255,21 @@ def _contribution(linearization: AbstractLinearization, q: torch.Tensor, targets
     return _flat({r: products[r] for r in targets})
 
 
-def _check_total(name: str, run: Pass, truth: Pass, executor: Executor, exact: Executor) -> HypergradientCheck:
+def _is_known(solution: Solution) -> bool:
+    """Whether a reference solution can be trusted."""
+    return solution.outcome in (Outcome.CONVERGED, Outcome.MAX_STEPS) and bool(
+        (solution.relative_residual < 1e-2).all()
+    )
+
+
+def _check_total(
+    name: str,
+    run: Pass,
+    truth: Pass,
+    executor: Executor,
+    exact: Executor,
+    extremes: Mapping[str, tuple[float, float]],
+) -> HypergradientCheck:
     layout = executor.layouts[name]
     got = layout.flatten(executor.total_gradient(name, run))
     expected = layout.flatten(exact.total_gradient(name, truth))
@@ -226,7 +277,8 @@ def _check_total(name: str, run: Pass, truth: Pass, executor: Executor, exact: E
     direct = layout.flatten(run.result.own)
     lowers = {i.problem for i in exact.plan[name].instructions if isinstance(i, Solve)}
     drift = float("nan")
-    steps = {lower: _newton_step(lower, exact) for lower in lowers}
+    known = all(_is_known(solution) for solution in truth.solutions.values())
+    steps = {lower: _newton_step(lower, exact) if extremes[lower][0] > 0 else None for lower in lowers}
     if steps and all(step is not None for step in steps.values()):
         with _moved(exact, {lower: step for lower, step in steps.items() if step is not None}):
             there = layout.flatten(exact.total_gradient(name, exact.evaluate(name)))
@@ -235,20 +287,17 @@ def _check_total(name: str, run: Pass, truth: Pass, executor: Executor, exact: E
         upper=name,
         norm=float(got.norm()),
         indirect=float((got - direct).norm()),
-        cosine=_cosine_of(got, expected),
-        error=_ratio(got - expected, expected),
+        cosine=_cosine_of(got, expected) if known else float("nan"),
+        error=_ratio(got - expected, expected) if known else float("nan"),
         drift=drift,
     )
 
 
 def _newton_step(lower: str, exact: Executor) -> torch.Tensor | None:
-    """Return ``H^-1 dg/dtheta``, or None if H is not positive definite."""
+    """Return ``H^-1 dg/dtheta``, or None if that cannot be found."""
     operator = exact.operator(lower, exact.linearize(lower))
-    smallest, _ = extreme_eigenvalues(operator)
-    if not bool(smallest > 0):
-        return None
-    solution = _reference_estimator(operator.size).solve(operator, exact.own_gradient(lower), None)
-    return solution.value if solution.outcome <= Outcome.MAX_STEPS else None
+    solution = exact.plan[lower].estimator.solve(operator, exact.own_gradient(lower), None)
+    return solution.value if _is_known(solution) else None
 
 
 @contextlib.contextmanager

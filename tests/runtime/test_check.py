@@ -123,5 +123,12 @@ def test_large_problems_are_checked_by_conjugate_gradients(monkeypatch):
     monkeypatch.setattr("mlopt.runtime.check.DENSE_SIZE", 2)
     plan, _ = quadratic(mlopt.Neumann(num_terms=400, scale=0.4))
     (edge,) = plan.check().edges
-    assert edge.reference == "CG: converged"
+    assert edge.reference == "H"
     assert edge.error < 1e-6
+    for damping, reference in ((3.0, "H + 3 I"), (0.1, "none")):
+        plan, ps = quadratic(mlopt.CG(max_steps=20, damping=damping))
+        with torch.no_grad():
+            ps["lower"].A -= torch.eye(4, dtype=torch.float64)
+        (edge,) = (report := mlopt.compile(mlopt.Graph(list(ps.values())), progress=False).check()).edges
+        assert edge.reference == reference
+        assert (edge.error < 1e-6) if reference != "none" else math.isnan(edge.error + report.hypergradients[0].error)
