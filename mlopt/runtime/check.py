@@ -119,6 +119,7 @@ class Report:
                 "residual",
                 "cosine",
                 "relative error",
+                "against",
                 "eigenvalues of H",
                 "|lower gradient|",
             ),
