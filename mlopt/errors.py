@@ -31,6 +31,10 @@ class CaptureError(MloptError, RuntimeError):
     """A `training_step` could not be captured as a graph."""
 
 
+class UpdateError(MloptError, ValueError):
+    """An optimizer's step cannot be differentiated."""
+
+
 class DataError(MloptError, ValueError):
     """A problem's data is empty, ran out, or yields batches that mlopt cannot read."""
 
