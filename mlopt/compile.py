@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mlopt.autodiff import FlatLayout, TaskAxis
+from mlopt.autodiff.update import OptimizerState, apply_update, update_factor
 from mlopt.backends import AbstractBackend, get_backend
 from mlopt.capture import LossGraph, capture_loss
 from mlopt.capture.tasks import showing_task
@@ -28,11 +29,12 @@ from mlopt.errors import (
     MloptError,
     ProblemError,
     StructureWarning,
+    UpdateError,
     VerificationError,
     VerificationWarning,
 )
 from mlopt.graph import Graph
-from mlopt.planner import ExecutionPlan, ProductNeeds, Solve, plan_program
+from mlopt.planner import ExecutionPlan, ProductNeeds, ReverseSteps, Solve, plan_program
 from mlopt.runtime.data import Batch, BatchStream
 from mlopt.runtime.derivatives import AbstractDerivatives, DerivativeGraphs, GraphDerivatives, differentiate
 from mlopt.runtime.execute import Executor
@@ -81,7 +83,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
             bar.set_postfix_str(f"capture {name}")
             compiler.capture(name)
             bar.update()
-        graph.set_reads({name: loss.reads for name, loss in compiler.losses.items()})
+        graph.set_reads({name: compiler.reads(name) for name in graph.problems})
         compiler.program = plan_program(graph)
         compiler.check_estimators()
         compiler.warn_about_unreached()
@@ -133,19 +135,63 @@ class Compiler:
         self.losses[name] = self._capture(name, batch)
         self.report.seconds["capture"] += time.perf_counter() - start
 
+    def reads(self, name: str) -> dict[str, tuple[str, ...]]:
+        """Return what a problem's loss reads, and what the learned settings of its optimizer are made of."""
+        problem = self.graph.problems[name]
+        found = {read: list(names) for read, names in self.losses[name].reads.items()}
+        with torch.enable_grad():
+            learned = [h for group in problem.hyperparameters_by_group() for h in group.values() if h.requires_grad]
+        if learned and (problem.hypergradient is None or problem.hypergradient.unrolled_steps is None):
+            raise ProblemError(
+                f"problem {name!r}: its optimizer_hyperparameters are learned, but {problem.hypergradient!r} is the "
+                "derivative of an optimum, on which they have no influence; use hypergradient=mlopt.Unroll(steps)"
+            )
+        for other, peer in self.graph.problems.items():
+            trained = peer.trained_parameters()
+            if learned and other != name:
+                gradients = torch.autograd.grad(
+                    [sum(learned[1:], learned[0])], list(trained.values()), allow_unused=True, retain_graph=True
+                )
+                names = [key for key, g in zip(trained, gradients, strict=True) if g is not None]
+                if names:
+                    found[other] = list(dict.fromkeys([*found.get(other, []), *names]))
+        return {read: tuple(names) for read, names in found.items()}
+
     def check_estimators(self) -> None:
-        """Let every estimator that is used look at the size of its problem.
+        """Let every estimator that is used look at the size and the optimizer of its problem.
 
         Raises:
             ProblemError: An estimator refuses.
+            UpdateError: An optimizer's step cannot be differentiated.
         """
         assert self.program is not None
-        used = {i.problem: i.estimator for p in self.program.problems for i in p.instructions if isinstance(i, Solve)}
-        for name, estimator in used.items():
+        used = {i.problem for p in self.program.problems for i in p.instructions if isinstance(i, Solve | ReverseSteps)}
+        for name in used:
+            estimator = self.program[name].estimator
             try:
                 estimator.check(name, self.layouts[name].size)
             except ValueError as error:
                 raise ProblemError(str(error)) from None
+            if estimator.uses_update or estimator.unrolled_steps is not None:
+                self._check_update(name, needs_factor=estimator.uses_update)
+
+    def _check_update(self, name: str, *, needs_factor: bool) -> None:
+        """Differentiate one step of the optimizer on an arbitrary gradient."""
+        problem = self.graph.problems[name]
+        parameters = list(problem.trained_parameters().values())
+        generator = torch.Generator().manual_seed(0)
+        gradients = [
+            torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype).to(p.device) for p in parameters
+        ]
+        state = OptimizerState.of(problem.optimizer, parameters)
+        if needs_factor:
+            update_factor(problem.optimizer, parameters, gradients, state, problem=name)
+            return
+        leaves = [p.detach().clone().requires_grad_() for p in parameters]
+        with torch.enable_grad():
+            updated, _ = apply_update(problem.optimizer, leaves, gradients, state, problem=name)
+        if not all(u.requires_grad for u in updated):
+            raise UpdateError(f"problem {name!r}: the step of {type(problem.optimizer).__name__} has no derivative")
 
     def warn_about_unreached(self) -> None:
         """Warn of a problem whose hypergradient is zero by structure: no loss depends on its parameters."""

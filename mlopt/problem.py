@@ -137,6 +137,41 @@ class Problem:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {n: p for n, p in self.module.named_parameters() if id(p) in held and p.requires_grad}
 
+    def optimizer_hyperparameters(self) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        """Return settings of the optimizer that are learned by problems above; override to have some.
+
+        For example ``{"lr": self.tuner.module.log_lr.exp()}`` with a problem named "tuner" above. They are set before
+        each step, and have derivatives if ``hypergradient=mlopt.Unroll(...)``.
+
+        Returns:
+            0-d tensors by the name of the group entry, for all groups or as one dict per group.
+        """
+        return {}
+
+    def hyperparameters_by_group(self) -> list[dict[str, torch.Tensor]]:
+        """Return `optimizer_hyperparameters`, one dict per parameter group.
+
+        Raises:
+            ProblemError: They do not fit the optimizer's groups.
+        """
+        settings = self.optimizer_hyperparameters()
+        groups = self.optimizer.param_groups
+        by_group = settings if isinstance(settings, list) else [settings] * len(groups)
+        if len(by_group) != len(groups):
+            raise ProblemError(
+                f"problem {self.name!r}: optimizer_hyperparameters returned {len(by_group)} dicts, its optimizer has "
+                f"{len(groups)} parameter groups"
+            )
+        for given, group in zip(by_group, groups, strict=True):
+            for key, value in given.items():
+                if key not in group or not isinstance(value, torch.Tensor) or value.ndim != 0:
+                    raise ProblemError(
+                        f"problem {self.name!r}: optimizer_hyperparameters must return 0-d tensors under the names of "
+                        f"the optimizer's settings ({', '.join(k for k in group if k != 'params')}), got {key!r}: "
+                        f"{value!r}"
+                    )
+        return by_group
+
     @property
     def num_trained(self) -> int:
         """How many numbers this problem solves for (in each task)."""

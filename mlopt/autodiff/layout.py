@@ -75,7 +75,7 @@ class FlatLayout:
         parts = [
             torch.zeros((*self._lead, math.prod(shape)), dtype=self.dtype, device=self.device)
             if tensor is None
-            else tensor.reshape(*self._lead, math.prod(shape)).to(self.dtype)
+            else tensor.reshape((*self._lead, math.prod(shape))).to(self.dtype)
             for tensor, shape in zip(tensors, self.shapes, strict=True)
         ]
         return torch.cat(parts, dim=-1)
@@ -84,6 +84,6 @@ class FlatLayout:
         """Cut a vector into views with the parameters' shapes (copies where a dtype differs)."""
         parts = torch.split(flat, [math.prod(shape) for shape in self.shapes], dim=-1)
         return [
-            part.reshape(*self._lead, *shape).to(dtype)
+            part.reshape((*self._lead, *shape)).to(dtype)
             for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
         ]

@@ -10,5 +10,17 @@ from mlopt.hypergradient.finite_difference import FiniteDifference
 from mlopt.hypergradient.identity import Identity
 from mlopt.hypergradient.neumann import Neumann
 from mlopt.hypergradient.nystrom import Nystrom
+from mlopt.hypergradient.sama import SAMA
+from mlopt.hypergradient.unroll import Unroll
 
-__all__ = ["CG", "AbstractEstimator", "Dense", "FiniteDifference", "Identity", "Neumann", "Nystrom"]
+__all__ = [
+    "CG",
+    "SAMA",
+    "AbstractEstimator",
+    "Dense",
+    "FiniteDifference",
+    "Identity",
+    "Neumann",
+    "Nystrom",
+    "Unroll",
+]

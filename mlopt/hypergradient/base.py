@@ -29,6 +29,12 @@ class AbstractEstimator(abc.ABC):
     #: Whether `solve` multiplies with the operator. If False no Hessian product is built for the problem.
     uses_hvp: bool = True
 
+    #: Whether `solve` gets, in place of H, the diagonal operator ``-d theta' / d gradient`` of the next optimizer step.
+    uses_update: bool = False
+
+    #: None, or through how many of the last optimizer steps the plan differentiates instead of solving a system.
+    unrolled_steps: int | None = None
+
     #: Whether the plan hands the previous q of the same place in the program to `solve` as its first guess.
     warm_start: bool = False
 

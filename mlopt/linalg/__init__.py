@@ -11,6 +11,7 @@ from mlopt.linalg.operator import (
     AbstractLinearOperator,
     BlockOperator,
     DampedOperator,
+    DiagonalOperator,
     FunctionOperator,
     MatrixOperator,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "AbstractLinearOperator",
     "BlockOperator",
     "DampedOperator",
+    "DiagonalOperator",
     "FunctionOperator",
     "MatrixOperator",
     "NystromApproximation",

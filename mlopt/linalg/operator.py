@@ -132,6 +132,24 @@ class MatrixOperator(AbstractLinearOperator):
         return rows @ self._matrix.T
 
 
+class DiagonalOperator(AbstractLinearOperator):
+    """An operator given by its diagonal, [N], or [T, N] for T blocks."""
+
+    def __init__(self, diagonal: torch.Tensor) -> None:
+        self._diagonal = diagonal
+        self.size = diagonal.shape[-1]
+        self.blocks = diagonal.shape[0] if diagonal.ndim == 2 else None
+        self.dtype, self.device = diagonal.dtype, diagonal.device
+
+    def mv(self, vector: torch.Tensor) -> torch.Tensor:
+        """Multiply element by element."""
+        return self._diagonal * vector
+
+    def mm(self, rows: torch.Tensor) -> torch.Tensor:
+        """Multiply each row element by element."""
+        return self._diagonal * rows
+
+
 class DampedOperator(AbstractLinearOperator):
     """``A + damping I``."""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator
 from mlopt.planner.adjoint import plan_hypergradient
-from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, Solve
+from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, ReverseSteps, Solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ProblemPlan:
         name: The problem.
         level: 1 for the lowest.
         size: Number of trained parameters (of one task).
+        reads: Problems whose trained parameters its loss, or its optimizer's settings, depend on.
         lowers: Problems that must have made their `unroll_steps` since this problem's last step.
         instructions: One step.
         estimator: How a problem above differentiates this problem's optimum.
@@ -47,6 +48,7 @@ class ProblemPlan:
     name: str
     level: int
     size: int
+    reads: tuple[str, ...]
     lowers: tuple[str, ...]
     instructions: tuple[Instruction, ...]
     estimator: AbstractEstimator
@@ -101,7 +103,7 @@ def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | Non
         reached = {
             parameter
             for i in instructions
-            if isinstance(i, MixedProduct) and (name, HYPERGRADIENT) in i.targets
+            if isinstance(i, MixedProduct | ReverseSteps) and (name, HYPERGRADIENT) in i.targets
             for parameter in graph.reads(i.problem)[name]
         }
         problems.append(
@@ -109,6 +111,7 @@ def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | Non
                 name=name,
                 level=levels[name],
                 size=graph.problems[name].num_trained,
+                reads=tuple(reads[name]),
                 lowers=tuple(graph.lowers(name)),
                 instructions=instructions,
                 estimator=estimators[name],
@@ -129,6 +132,9 @@ def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
             cotangents += [r for r, _ in instruction.cotangents]
         elif isinstance(instruction, Solve):
             hvp |= instruction.estimator.uses_hvp
+        elif isinstance(instruction, ReverseSteps):
+            hvp = True
+            mixed += [r for r, _ in instruction.targets]
         elif isinstance(instruction, MixedProduct):
             (mixed if instruction.step is None else read_gradients).extend(r for r, _ in instruction.targets)
     return ProductNeeds(

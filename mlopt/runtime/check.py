@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -18,6 +18,7 @@ from mlopt.hypergradient import CG, AbstractEstimator, Dense
 from mlopt.linalg import Outcome, Solution, extreme_eigenvalues
 from mlopt.planner import MixedProduct, ProductNeeds, Solve, plan_program
 from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, MeanLinearization
+from mlopt.runtime.exchange import exchanged
 from mlopt.runtime.execute import Executor, Pass
 from mlopt.runtime.rng import frozen_random_state
 
@@ -301,20 +302,14 @@ def _newton_step(lower: str, exact: Executor) -> torch.Tensor | None:
     return solution.value if _is_known(solution) else None
 
 
-@contextlib.contextmanager
-def _moved(executor: Executor, steps: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the parameters of some problems be ``theta - step``; the very same storages are back afterwards."""
-    before = []
-    try:
-        for name, step in steps.items():
-            parameters = executor.problems[name].trained_parameters().values()
-            for parameter, part in zip(parameters, executor.layouts[name].split(step), strict=True):
-                before.append((parameter, parameter.data))
-                parameter.data = parameter.data - part
-        yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
+def _moved(executor: Executor, steps: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Let the parameters of some problems be ``theta - step``."""
+    values = {}
+    for name, step in steps.items():
+        parameters = executor.problems[name].trained_parameters().values()
+        for parameter, part in zip(parameters, executor.layouts[name].split(step), strict=True):
+            values[id(parameter)] = parameter.detach() - part
+    return exchanged(executor.problems.values(), values)
 
 
 def _warnings(executor: Executor, totals: list[HypergradientCheck], edges: list[EdgeCheck]) -> list[str]:

@@ -260,7 +260,7 @@ class GraphDerivatives(AbstractDerivatives):
     @contextlib.contextmanager
     def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
         """Give the graphs other tensors for inputs."""
-        before, self._values = self._values, values
+        before, self._values = self._values, {**self._values, **values}
         try:
             yield
         finally:

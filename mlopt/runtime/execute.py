@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mlopt import ops
 from mlopt.autodiff import FlatLayout
+from mlopt.autodiff.update import OptimizerState, update_factor
 from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
 from mlopt.hypergradient import AbstractEstimator
-from mlopt.linalg import AbstractLinearOperator, BlockOperator, FunctionOperator, Outcome, Solution
-from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solve, Update
+from mlopt.linalg import (
+    AbstractLinearOperator,
+    BlockOperator,
+    DiagonalOperator,
+    FunctionOperator,
+    Outcome,
+    Solution,
+)
+from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, ReverseSteps, Solve, Update
 from mlopt.planner.instructions import HYPERGRADIENT
 from mlopt.problem import Problem
 from mlopt.runtime.data import Batch, BatchStream
@@ -24,13 +34,14 @@ from mlopt.runtime.derivatives import (
     AbstractLinearization,
     GradientResult,
     MeanLinearization,
-    mean,
     mean_of_each,
     mean_result,
 )
+from mlopt.runtime.history import History
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
 from mlopt.runtime.state import ProblemState, Sample
+from mlopt.runtime.unroll import Reversal
 
 Derive = Callable[[str, Batch], AbstractDerivatives]
 
@@ -96,6 +107,12 @@ class Executor:
         self._derive = derive
         self._quiet = quiet
         self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
+        self._histories = {
+            i.problem: History(problems[i.problem], [problems[r] for r in plan[i.problem].reads], i.steps)
+            for i in sorted(
+                (i for p in plan.problems for i in p.instructions if isinstance(i, ReverseSteps)), key=lambda i: i.steps
+            )
+        }
         self._warned: set[tuple[str, str, Outcome]] = set()
 
     def is_due(self, name: str) -> bool:
@@ -124,6 +141,9 @@ class Executor:
         unroll_below = self._unrolls.pop(name, None)
         if unroll_below is not None:
             unroll_below.restore()
+            for lower, count in collections.Counter(n for n, _ in unroll_below.steps).items():
+                if lower in self._histories:
+                    self._histories[lower].rewind(count)
             for lower, samples in unroll_below.steps:
                 self._step_on(lower, samples)
         return {"loss": run.result.loss, **run.result.metrics}
@@ -133,6 +153,14 @@ class Executor:
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
         gradients = self.total_gradient(name, run)
+        if name in self._histories:
+            indirect = self.layouts[name].split(run.slots[HYPERGRADIENT]) if HYPERGRADIENT in run.slots else None
+            extra = (
+                None
+                if indirect is None
+                else [None if total is None else part for total, part in zip(gradients, indirect, strict=True)]
+            )
+            self._histories[name].record(run.samples, extra)
         self.states[name].samples = run.samples
         with torch.no_grad():
             for live, value in run.result.buffers:
@@ -176,7 +204,7 @@ class Executor:
         run = Pass()
         for instruction in self.plan[name].instructions:
             if isinstance(instruction, Gradient):
-                run.result, run.samples = self._gradient(name, samples)
+                run.result, run.samples = self._gradient(name, samples, {})
                 for read, slot in instruction.cotangents:
                     run.add(slot, run.result.cotangents[read])
             elif isinstance(instruction, Linearize):
@@ -187,11 +215,21 @@ class Executor:
                 products = self.mixed_products(instruction, run)
                 for read, slot in instruction.targets:
                     run.add(slot, -products[read])
+            elif isinstance(instruction, ReverseSteps):
+                for read, value in self.reverse_steps(instruction, run).items():
+                    run.add(dict(instruction.targets)[read], value)
             else:
                 assert isinstance(instruction, Update)  # by the caller, once nothing can fail any more
         return run
 
-    def _gradient(self, name: str, given: Sequence[Sample]) -> tuple[GradientResult, tuple[Sample, ...]]:
+    def gradient_at(self, name: str, samples: Sequence[Sample], values: Mapping[int, torch.Tensor]) -> GradientResult:
+        """Evaluate a problem's loss again, where live tensors (by ``id``) have other values; nothing is changed."""
+        with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
+            return self._gradient(name, samples, values)[0]
+
+    def _gradient(
+        self, name: str, given: Sequence[Sample], values: Mapping[int, torch.Tensor]
+    ) -> tuple[GradientResult, tuple[Sample, ...]]:
         """Evaluate the mean loss of the micro-batches; each sees the buffers that the one before left."""
         device = self.layouts[name].device
         results, samples = [], []
@@ -201,7 +239,7 @@ class Executor:
             with frozen_random_state(sample.random_state):
                 before = get_random_state(device) if derivatives.is_random else None
                 samples.append(Sample(sample.batch, before))
-                with derivatives.at({key: value for key, (_, value) in moved.items()}):
+                with derivatives.at({**values, **{key: value for key, (_, value) in moved.items()}}):
                     results.append(derivatives.gradient(sample.batch))
             moved.update({id(live): (live, value) for live, value in results[-1].buffers})
         return mean_result(results, list(moved.values())), tuple(samples)
@@ -214,6 +252,40 @@ class Executor:
                 parts.append(self._derive(name, sample.batch).linearize(sample.batch))
         return parts[0] if len(parts) == 1 else MeanLinearization(parts)
 
+    @contextlib.contextmanager
+    def linearize_at(
+        self, name: str, samples: Sequence[Sample], values: Mapping[int, torch.Tensor]
+    ) -> Iterator[AbstractLinearization]:
+        """Give the second-order products where live tensors (by ``id``) have other values; to be used inside."""
+        with contextlib.ExitStack() as stack:
+            parts = []
+            for sample in samples:
+                derivatives = self._derive(name, sample.batch)
+                stack.enter_context(derivatives.at(values))
+                with frozen_random_state(sample.random_state):
+                    parts.append(derivatives.linearize(sample.batch))
+            yield parts[0] if len(parts) == 1 else MeanLinearization(parts)
+
+    def reverse_steps(self, instruction: ReverseSteps, run: Pass) -> dict[str, torch.Tensor]:
+        """Send a cotangent back through the recorded steps of a problem."""
+        name = instruction.problem
+        problem = self.problems[name]
+
+        def scale(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+            return scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
+
+        reversal = Reversal(problem, self.problems, self.layouts, self._histories[name], self, scale)
+        return reversal.run(run.slots[instruction.rhs], [r for r, _ in instruction.targets], instruction.steps)
+
+    def update_factor(self, name: str) -> torch.Tensor:
+        """Return ``-d theta' / d gradient`` of the step that a problem's optimizer would make now, as a vector."""
+        problem = self.problems[name]
+        parameters = list(problem.trained_parameters().values())
+        own = self.gradient_at(name, self.lower_samples(name), {}).own
+        gradients = scale_gradients(own, problem.clip_norm, normalize=problem.normalize_gradient)
+        state = OptimizerState.of(problem.optimizer, parameters)
+        return self.layouts[name].flatten(update_factor(problem.optimizer, parameters, gradients, state, problem=name))
+
     def operator(self, name: str, linearization: AbstractLinearization) -> AbstractLinearOperator:
         """Return a problem's Hessian as an operator."""
         layout = self.layouts[name]
@@ -225,7 +297,10 @@ class Executor:
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
         estimator = instruction.estimator
-        if estimator.uses_hvp:
+        operator: AbstractLinearOperator
+        if estimator.uses_update:
+            operator = DiagonalOperator(self.update_factor(instruction.problem))
+        elif estimator.uses_hvp:
             operator = self.operator(instruction.problem, run.linearizations[instruction.problem])
         else:
             operator = self.operator(instruction.problem, _NoProducts(estimator))
@@ -259,12 +334,7 @@ class Executor:
 
     def own_gradient(self, name: str) -> torch.Tensor:
         """Return the gradient of a lower problem's own loss where it is differentiated, as a vector."""
-        layout = self.layouts[name]
-        parts = []
-        for sample in self.lower_samples(name):
-            with silenced(), frozen_random_state(sample.random_state or get_random_state(layout.device)):
-                parts.append(layout.flatten(self._derive(name, sample.batch).gradient(sample.batch).own))
-        return mean(parts)
+        return self.layouts[name].flatten(self.gradient_at(name, self.lower_samples(name), {}).own)
 
     def _central_difference(self, name: str, vector: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -306,6 +376,13 @@ class Executor:
         gradients = scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
         for parameter, gradient in zip(problem.trained_parameters().values(), gradients, strict=True):
             parameter.grad = gradient
+        with torch.no_grad():
+            for given, group in zip(problem.hyperparameters_by_group(), problem.optimizer.param_groups, strict=True):
+                for key, value in given.items():
+                    if isinstance(group[key], torch.Tensor):
+                        group[key].copy_(value)
+                    else:
+                        group[key] = float(value)
         problem.optimizer.step()
         if problem.scheduler is not None:
             problem.scheduler.step()

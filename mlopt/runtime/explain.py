@@ -10,7 +10,7 @@ from torch import fx
 from mlopt import ops
 from mlopt.autodiff import FlatLayout
 from mlopt.graph import Graph
-from mlopt.planner import ExecutionPlan, Gradient, Instruction, Linearize, MixedProduct, Solve, Update
+from mlopt.planner import ExecutionPlan, Gradient, Instruction, Linearize, MixedProduct, ReverseSteps, Solve, Update
 from mlopt.runtime.derivatives import DerivativeGraphs
 
 
@@ -127,7 +127,13 @@ def _cost(instruction: Instruction, program: ExecutionPlan) -> str:
         return "1 forward, 1 backward"
     if isinstance(instruction, Solve):
         most = instruction.estimator.max_hvps(program[instruction.problem].size)
-        return f"at most {_count(most, 'Hessian product')}" if most else "no Hessian product"
+        products = f"at most {_count(most, 'Hessian product')}" if most else "no Hessian product"
+        return "1 forward, 1 backward" if instruction.estimator.uses_update else products
+    if isinstance(instruction, ReverseSteps):
+        n = instruction.steps
+        return (
+            f"at most {2 * n} forward, {2 * n} backward, {_count(n, 'Hessian product')}, {_count(n, 'mixed product')}"
+        )
     if isinstance(instruction, MixedProduct):
         return "1 tangent pass" if instruction.step is None else "2 forward, 2 backward"
     assert isinstance(instruction, Update)

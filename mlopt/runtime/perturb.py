@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from mlopt.problem import Problem
+from mlopt.runtime.exchange import exchanged
 
 
 @contextlib.contextmanager
@@ -18,14 +19,9 @@ def perturbed_parameters(problems: Mapping[str, Problem], generator: torch.Gener
     back, so optimizers and the user's own references are not disturbed.
     """
     parameters = {id(p): p for problem in problems.values() for p in problem.module.parameters()}
-    before = [(p, p.data) for p in parameters.values()]
-    try:
-        for parameter, (_, data) in zip(parameters.values(), before, strict=True):
-            (parameter.data,) = perturb([data], generator)
+    moved = dict(zip(parameters, perturb([p.detach() for p in parameters.values()], generator), strict=True))
+    with exchanged(problems.values(), moved):
         yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
 
 
 def perturb(tensors: Sequence[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:

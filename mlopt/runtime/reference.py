@@ -20,6 +20,7 @@ from mlopt.planner import ProductNeeds
 from mlopt.problem import Problem
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, GradientResult
+from mlopt.runtime.exchange import exchanged
 
 
 class AutogradDerivatives(AbstractDerivatives):
@@ -59,16 +60,8 @@ class AutogradDerivatives(AbstractDerivatives):
     @contextlib.contextmanager
     def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
         """Exchange the data of the live tensors, as long as anything recorded on them may be used."""
-        modules = [problem.module for problem in self._problems.values()]
-        live = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers()) if id(t) in values}
-        before = [(tensor, tensor.data) for tensor in live.values()]
-        try:
-            for key, tensor in live.items():
-                tensor.data = values[key]
+        with exchanged(self._problems.values(), values):
             yield
-        finally:
-            for tensor, data in before:
-                tensor.data = data
 
     def accepts(self, batch: Batch) -> bool:
         """Any batch will do: the code runs anew."""
