@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "runtime/bindings.h"
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of mlopt.";
   m.def("build_config", [] {
@@ -16,4 +18,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return config;
   });
+  mlopt::bind_runtime(m);
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from mlopt.autodiff import (
     read_gradient_graph,
 )
 from mlopt.autodiff.split import draws_random
-from mlopt.backends import AbstractBackend
+from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import InputRole, LossGraph
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
@@ -137,8 +137,14 @@ class GraphDerivatives(AbstractDerivatives):
     def __init__(self, graphs: DerivativeGraphs, backend: AbstractBackend) -> None:
         self.graphs = graphs
         self._loss = graphs.loss
-        self._call = {name: backend.lower(module) for name, module in graphs.modules().items()}
+        modules = graphs.modules()
+        backend.prepare([module for module in modules.values() if not backend.is_prepared(module)])
+        self._call = {name: backend.lower(module) for name, module in modules.items()}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
+
+    def lowerings(self) -> dict[str, Lowering]:
+        """Return what became of each graph."""
+        return {name: call.lowering for name, call in self._call.items()}
 
     def accepts(self, batch: Batch) -> bool:
         """Evaluate the shape guards of every graph."""
@@ -183,9 +189,7 @@ class GraphDerivatives(AbstractDerivatives):
 
 
 class _GraphLinearization(AbstractLinearization):
-    def __init__(
-        self, residuals: Sequence[Any], call: Mapping[str, Callable[..., Any]], targets: tuple[str, ...]
-    ) -> None:
+    def __init__(self, residuals: Sequence[Any], call: Mapping[str, Compiled], targets: tuple[str, ...]) -> None:
         self._residuals = residuals
         self._call = call
         self._targets = targets

@@ -1,0 +1,115 @@
+"""`LoweredGraph`: a compiled package in place of a graph, with the eager graph behind it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from mlopt.backends.base import Compiled, Lowering
+from mlopt.backends.inductor.cache import Entry
+from mlopt.backends.inductor.interface import Argument, CallPlan, Computed, Size
+from mlopt.backends.inductor.spec import GraphSpec, sympy_symbol
+
+logger = logging.getLogger(__name__)
+
+_COMPUTED, _ARGUMENT, _VALUE = 0, 1, 2  # mlopt::OutputKind
+
+
+class LoweredGraph:
+    """Calls a package like the graph it was made from.
+
+    Sizes for which the package is not right (Inductor specialized one) run by the eager graph.
+
+    Args:
+        spec: The graph that was compiled.
+        plan: How the package is called.
+        entry: The package.
+        eager: The graph, run by torch.
+        lowering: What is reported of it.
+
+    Attributes:
+        native: The package as ``mlopt._C.Call``.
+        eager: As given.
+        lowering: As given.
+    """
+
+    def __init__(self, spec: GraphSpec, plan: CallPlan, entry: Entry, eager: Compiled, lowering: Lowering) -> None:
+        extension: Any = importlib.import_module("mlopt._C")
+        self.eager = eager
+        self.lowering = lowering
+        self._spec = spec
+        self._plan = plan
+        self._guards = [compile(guard, "<guard>", "eval") for guard in entry.guards]
+        self._refused: set[tuple[int, ...]] = set()
+        self.native = extension.Call(
+            extension.Package(str(entry.path), [x.dtype for x in spec.inputs]),
+            plan.num_arguments,
+            [(b.argument, -1 if b.dim is None else b.dim, b.factor) for b in plan.bindings],
+            list(plan.arguments),
+            list(plan.constants),
+            _number_outputs(plan),
+        )
+
+    def __call__(self, *arguments: Any) -> Sequence[Any]:
+        """Return what the graph returns."""
+        try:
+            results = self.native(*arguments)
+            if results is None:  # sizes not seen before
+                results = self.native(*arguments) if self.accepts(arguments) else None
+        except RuntimeError as error:
+            logger.warning("a compiled graph failed and runs eagerly this time: %s", error)
+            results = None
+        return self.eager(*arguments) if results is None else results
+
+    def accepts(self, arguments: Sequence[Any]) -> bool:
+        """Make the package ready for the sizes of these arguments; return whether it is right for them."""
+        sizes = tuple(self.native.sizes_of(arguments))
+        if sizes in self._refused:
+            return False
+        symbols = {sympy_symbol(k): sympy.Integer(n) for k, n in enumerate(sizes)}
+        if not self._holds(sizes):
+            logger.info("a compiled graph does not hold for sizes %s; they run eagerly", sizes)
+            self._refused.add(sizes)
+            return False
+
+        def numbers(expressions: Sequence[sympy.Expr]) -> list[int]:
+            return [int(e.xreplace(symbols)) for e in expressions]
+
+        layouts = [(numbers(x.sizes), numbers(x.strides)) for x in self._spec.inputs]
+        carriers = [torch.empty(n) for n in numbers(self._plan.carriers)]
+        values: list[Any] = []
+        for output in self._plan.outputs:
+            if isinstance(output, Size):
+                value = output.expression.xreplace(symbols)
+                values.append(int(value) if value.is_Integer else float(value))
+            elif not isinstance(output, Computed | Argument):
+                values.append(output.value)
+        self.native.add_sizes(list(sizes), layouts, carriers, values)
+        return True
+
+    def _holds(self, sizes: tuple[int, ...]) -> bool:
+        for n, symbol in zip(sizes, self._spec.symbols, strict=True):
+            if n < symbol.lower or (symbol.upper is not None and n > symbol.upper):
+                return False
+        names = {str(sympy_symbol(k)): n for k, n in enumerate(sizes)}
+        return all(eval(guard, {"math": math, "torch": torch, **names}) for guard in self._guards)
+
+
+def _number_outputs(plan: CallPlan) -> list[tuple[int, int]]:
+    numbered: list[tuple[int, int]] = []
+    num_values = 0
+    for output in plan.outputs:
+        if isinstance(output, Computed):
+            numbered.append((_COMPUTED, output.index))
+        elif isinstance(output, Argument):
+            numbered.append((_ARGUMENT, output.index))
+        else:
+            numbered.append((_VALUE, num_values))
+            num_values += 1
+    return numbered
