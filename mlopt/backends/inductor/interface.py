@@ -215,9 +215,9 @@ class _Cutter:
 
     def _symbol(self, symbol: sympy.Symbol, shape_env: ShapeEnv) -> sympy.Symbol:
         if symbol not in self._symbols:
-            # torch 2.12 renamed it; only sizes that a real example has are in it.
-            hints = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
-            hint = hints.get(symbol)
+            # Only sizes that a real example has are in it. (Newer torch has renamed it.)
+            renamed = hasattr(shape_env, "backed_var_to_val")
+            hint = (shape_env.backed_var_to_val if renamed else shape_env.var_to_val).get(symbol)
             if hint is None:
                 raise UnsupportedGraphError("a size that depends on data")
             bounds = shape_env.var_to_range[symbol]
