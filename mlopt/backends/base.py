@@ -29,6 +29,14 @@ class Compiled(Protocol):
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Run the graph."""
 
+    def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """Return the graph, if it has one output, as a native operator in argument `hole`, or None if it is not native.
+
+        Args:
+            arguments: What the other arguments are; None at `hole`.
+            hole: Position of the vector.
+        """
+
 
 class AbstractBackend(abc.ABC):
     """Lowers graphs."""

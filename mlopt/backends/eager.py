@@ -23,6 +23,10 @@ class EagerGraph:
         with torch.no_grad():
             return self._forward(*arguments)
 
+    def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """None: the graph is Python."""
+        return None
+
 
 class EagerBackend(AbstractBackend):
     """Runs graphs as the Python code that FX generates, which also frees each value after its last use."""

@@ -6,6 +6,7 @@ never a loss or a problem. Usable on their own::
     solution = mlopt.linalg.cg(operator, b, max_steps=50, rtol=1e-8)
 """
 
+from mlopt.linalg.native import native_callback
 from mlopt.linalg.operator import AbstractLinearOperator, DampedOperator, FunctionOperator, MatrixOperator
 from mlopt.linalg.solution import Outcome, Solution
 from mlopt.linalg.solvers import cg, neumann
@@ -18,5 +19,6 @@ __all__ = [
     "Outcome",
     "Solution",
     "cg",
+    "native_callback",
     "neumann",
 ]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from mlopt.linalg.native import native_damped
 
 
 class AbstractLinearOperator(abc.ABC):
@@ -15,11 +18,13 @@ class AbstractLinearOperator(abc.ABC):
         size: N.
         dtype: Dtype of the vectors.
         device: Device of the vectors.
+        native: The same map for loops in C++ (see `mlopt.linalg.native`), or None.
     """
 
     size: int
     dtype: torch.dtype
     device: torch.device
+    native: Any = None
 
     @abc.abstractmethod
     def mv(self, vector: torch.Tensor) -> torch.Tensor:
@@ -35,7 +40,7 @@ class AbstractLinearOperator(abc.ABC):
 
 
 class FunctionOperator(AbstractLinearOperator):
-    """An operator given by a function ``[N] -> [N]``."""
+    """An operator given by a function ``[N] -> [N]``, and possibly by a native operator that does the same."""
 
     def __init__(
         self,
@@ -44,8 +49,10 @@ class FunctionOperator(AbstractLinearOperator):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        native: Any = None,
     ) -> None:
         self._function = function
+        self.native = native
         self.size = size
         self.dtype = dtype
         self.device = torch.device(device)
@@ -82,6 +89,7 @@ class DampedOperator(AbstractLinearOperator):
         self._operator = operator
         self._damping = damping
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
+        self.native = native_damped(operator.native, damping)
 
     def mv(self, vector: torch.Tensor) -> torch.Tensor:
         """Return ``A v + damping v``."""

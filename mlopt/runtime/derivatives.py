@@ -60,6 +60,10 @@ class AbstractLinearization(abc.ABC):
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``(d2g/dr dtheta)^T q`` [N_r] for each planned target r."""
 
+    def native_hvp(self) -> Any:
+        """Return ``v -> H v`` as a native operator (see `mlopt.linalg.native`), or None."""
+        return None
+
 
 class AbstractDerivatives(abc.ABC):
     """Derivatives of one problem's loss on batches of one kind, at the live parameters."""
@@ -197,6 +201,9 @@ class _GraphLinearization(AbstractLinearization):
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
         (product,) = self._call["hvp"](*self._residuals, vector)
         return product
+
+    def native_hvp(self) -> Any:
+        return self._call["hvp"].native_operator([*self._residuals, None], len(self._residuals))
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))

@@ -158,8 +158,11 @@ class Executor:
                 f"{instruction.estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
             )
 
-        product = linearization.hvp if linearization and instruction.estimator.uses_hvp else no_product
-        operator = FunctionOperator(product, layout.size, dtype=layout.dtype, device=layout.device)
+        product: Callable[[torch.Tensor], torch.Tensor] = no_product
+        native = None
+        if linearization and instruction.estimator.uses_hvp:
+            product, native = linearization.hvp, linearization.native_hvp()
+        operator = FunctionOperator(product, layout.size, dtype=layout.dtype, device=layout.device, native=native)
         guess = self.guesses.get(key) if instruction.estimator.warm_start else None
         with torch.no_grad():
             solution = instruction.estimator.solve(operator, run.slots[instruction.rhs], guess)

@@ -397,3 +397,29 @@ def test_auto_is_inductor_where_it_can_be_used(monkeypatch):
 
 def test_options_hold_the_number_of_threads():
     assert dict(options())["cpp.threads"] == torch.get_num_threads()
+
+
+@needs_compiler
+def test_solver_loops_on_a_package_give_the_bits_of_the_loop_in_python(cache_dir, monkeypatch):
+    make = lambda: bilevel.make(dropout=0.3, batch_norm=True, dtype=torch.float64, sizes=(12, 12, 7))  # noqa: E731
+    used = []
+    native_operator = LoweredGraph.native_operator
+    monkeypatch.setattr(LoweredGraph, "native_operator", lambda *args: used.append(native_operator(*args)) or used[-1])
+    _, *expected = train(make, "inductor", cache_dir)
+    assert used and all(type(operator).__name__ == "PackageOperator" for operator in used)
+    monkeypatch.setattr(LoweredGraph, "native_operator", lambda *args: None)
+    _, *got = train(make, "inductor", cache_dir)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@needs_compiler
+def test_a_package_as_an_operator(cache_dir):
+    matrix = torch.randn(5, 5, dtype=torch.float64)
+    module = trace_graph(lambda m, v: (m @ v,), matrix, torch.randn(5, dtype=torch.float64), dynamic=False)
+    lowered = backends.InductorBackend(cache_dir).lower(module)
+    operator = lowered.native_operator([matrix, None], 1)
+    v = torch.randn(10, dtype=torch.float64)[::2]
+    torch.testing.assert_close(operator.apply(v), matrix @ v)
+    with pytest.raises(RuntimeError, match=r"input 1 is Double of shape \[4\], expected Double of shape \[5\]"):
+        operator.apply(v[:4])

@@ -37,14 +37,15 @@ class MeasuredGraph:
         if known is not None:
             self._choose(*known)
 
-    @property
-    def native(self) -> Any:
-        """The package, if it was chosen."""
-        return self._lowered.native if self._chosen is self._lowered else None
-
-    def accepts(self, arguments: Sequence[Any]) -> bool:
-        """See `LoweredGraph.accepts`."""
-        return self._lowered.accepts(arguments)
+    def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """See `Compiled`."""
+        if not self._lowered.is_operator(hole):
+            return None
+        if self._chosen is None:
+            filled = list(arguments)
+            filled[hole] = self._lowered.example(hole)
+            self._measure(filled)
+        return self._chosen.native_operator(arguments, hole)
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Return what the graph returns."""

@@ -67,6 +67,24 @@ class LoweredGraph:
             results = None
         return self.eager(*arguments) if results is None else results
 
+    def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """See `Compiled`."""
+        if not self.is_operator(hole):
+            return None
+        operator = self.native.operator(arguments, hole)
+        if operator is None and self.accepts(arguments):
+            operator = self.native.operator(arguments, hole)
+        return operator
+
+    def is_operator(self, hole: int) -> bool:
+        """Whether the graph computes one tensor that depends on argument `hole`."""
+        return self._plan.outputs == (Computed(0),) and hole in self._plan.arguments
+
+    def example(self, argument: int) -> torch.Tensor:
+        """Return zeros like an argument whose size is not free."""
+        x = self._spec.inputs[self._plan.arguments.index(argument)]
+        return torch.zeros([int(n) for n in x.sizes], dtype=x.dtype, device=x.device)
+
     def accepts(self, arguments: Sequence[Any]) -> bool:
         """Make the package ready for the sizes of these arguments; return whether it is right for them."""
         sizes = tuple(self.native.sizes_of(arguments))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mlopt import ops
+from mlopt.linalg.native import run_cg
 from mlopt.linalg.operator import AbstractLinearOperator
 from mlopt.linalg.solution import Outcome, Solution
 
@@ -54,10 +55,13 @@ def cg(
     p = r.clone()
     state = ops.cg_init(r, rtol * scale)
     columns = ops.CgState(state)
-    for step in range(max_steps):
-        if step % check_every == 0 and not bool((columns.status == ops.CgState.RUNNING).any()):
-            break
-        ops.cg_step_(x, r, p, apply(p), state)
+    if operator.native is not None and ops.is_native(x):
+        run_cg(operator.native, x, r, p, state, max_steps, check_every)
+    else:
+        for step in range(max_steps):
+            if step % check_every == 0 and not bool((columns.status == ops.CgState.RUNNING).any()):
+                break
+            ops.cg_step_(x, r, p, apply(p), state)
     outcomes = torch.zeros_like(columns.status, dtype=torch.int64)
     for status, outcome in _OUTCOMES.items():
         outcomes[columns.status == status] = int(outcome)
