@@ -79,7 +79,7 @@ class InductorBackend(AbstractBackend):
         if not modules:
             return
         options = worker.options()
-        made = {module: _cut(module, options) for module in modules}
+        made = {module: self._cut(module, options) for module in modules}
         jobs: dict[str, tuple[_Lowered, worker.Job]] = {}  # equal graphs are compiled once
         for graph in made.values():
             if graph.spec is None or graph.key in jobs:
@@ -137,14 +137,14 @@ class InductorBackend(AbstractBackend):
             return eager
         return MeasuredGraph(lowered, graph.key, self._cache) if self._measure else lowered
 
-
-def _cut(module: fx.GraphModule, options: tuple[tuple[str, object], ...]) -> _Lowered:
-    try:
-        spec, plan = cut_interface(module)
-    except UnsupportedGraphError as error:
-        return _Lowered(error=str(error))
-    except Exception as error:  # a graph of a kind never met must not stop the compilation
-        logger.debug("a graph could not be read", exc_info=True)
-        return _Lowered(error=f"{type(error).__name__}: {error}")
-    key = spec.digest(str(options), machine(), f"format {_FORMAT}")
-    return _Lowered(spec, plan, key)
+    def _cut(self, module: fx.GraphModule, options: tuple[tuple[str, object], ...]) -> _Lowered:
+        try:
+            spec, plan = cut_interface(module)
+        except UnsupportedGraphError as error:
+            return _Lowered(error=str(error))
+        except Exception as error:  # a graph of a kind never met must not stop the compilation
+            logger.debug("a graph could not be read", exc_info=True)
+            return _Lowered(error=f"{type(error).__name__}: {error}")
+        if self._measure and any(x.device.type != "cpu" for x in spec.inputs):
+            return _Lowered(error="backend='auto' compiles for CPUs only; backend='inductor' compiles for GPUs too")
+        return _Lowered(spec, plan, spec.digest(str(options), machine(), f"format {_FORMAT}"))

@@ -23,6 +23,7 @@ from mlopt.backends.inductor.worker import Job, Result
 
 logger = logging.getLogger(__name__)
 
+_START_TIMEOUT = 60.0  # seconds; importing torch on a busy machine
 _PACKAGE_ROOT = Path(__file__).parents[3]
 
 
@@ -34,7 +35,8 @@ def num_processes() -> int:
     """
     text = os.environ.get("MLOPT_COMPILE_JOBS", "")
     if not text:
-        return min(len(os.sched_getaffinity(0)), 4)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, 4)
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"environment variable MLOPT_COMPILE_JOBS: expected an integer >= 1, got {text!r}")
     return int(text)
@@ -110,7 +112,17 @@ class _Slot:
     def _run(self, job: Job) -> Result:
         if self._process is None:
             self._process = _start(self._log)
-        process = self._process
+            ready = self._exchange(self._process, None)
+            if isinstance(ready, Result):
+                return ready
+        result = self._exchange(self._process, job)
+        assert isinstance(result, Result)
+        if result.error is not None:
+            logger.debug("a graph was not compiled:\n%s", self._text())
+        return result
+
+    def _exchange(self, process: subprocess.Popen[bytes], job: Job | None) -> object:
+        """Send a job, if there is one, and return the answer, or an error if the process dies or takes too long."""
         assert process.stdin is not None and process.stdout is not None
         expired = threading.Event()
 
@@ -118,21 +130,20 @@ class _Slot:
             expired.set()
             process.kill()
 
-        timer = threading.Timer(self._timeout, expire)
+        limit = self._timeout if job is not None else max(self._timeout, _START_TIMEOUT)
+        timer = threading.Timer(limit, expire)
         timer.start()
         try:
-            worker.write(process.stdin, job)  # type: ignore[arg-type]
-            result: Result = worker.read(process.stdout)  # type: ignore[arg-type]
+            if job is not None:
+                worker.write(process.stdin, job)
+            return worker.read(process.stdout)
         except (EOFError, OSError):
             self._end()
             if expired.is_set():
-                return Result(f"compiling took longer than {self._timeout:.0f} s", (), self._timeout)
+                return Result(f"compiling took longer than {limit:.0f} s", (), limit)
             return Result(f"the compiling process ended (exit code {process.returncode}){self._last_line()}", (), 0.0)
         finally:
             timer.cancel()
-        if result.error is not None:
-            logger.debug("a graph was not compiled:\n%s", self._text())
-        return result
 
     def _end(self) -> None:
         process, self._process = self._process, None

@@ -1,7 +1,7 @@
 """Compiles one `GraphSpec` at a time: the program that `pool.py` starts, and the function it runs.
 
-Protocol: one pickled `Job` after the other on standard input, a pickled `Result` for each on standard output, until
-standard input ends.
+Protocol: ``"ready"`` on standard output; then one pickled `Job` after the other on standard input and a pickled
+`Result` for each on standard output, until standard input ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 import traceback
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
@@ -92,7 +92,7 @@ def _guards(shape_env: Any, symbols: list[Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def read(stream: BinaryIO) -> Any:
+def read(stream: IO[bytes]) -> Any:
     """Read one pickled object; raises EOFError at the end of the stream."""
     header = stream.read(8)
     if len(header) < 8:
@@ -104,7 +104,7 @@ def read(stream: BinaryIO) -> Any:
     return pickle.loads(data)
 
 
-def write(stream: BinaryIO, value: Any) -> None:
+def write(stream: IO[bytes], value: Any) -> None:
     """Write one object for `read`."""
     data = pickle.dumps(value)
     stream.write(struct.pack("<Q", len(data)) + data)
@@ -116,6 +116,7 @@ def main() -> None:
     # Compilers and torch print to standard output; the results get a descriptor of their own.
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    write(results, "ready")
     while True:
         try:
             job = read(sys.stdin.buffer)
