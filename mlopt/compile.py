@@ -66,7 +66,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
             in parallel processes and kept on disk; the first compilation of a program takes 10 seconds to minutes,
             the next ones under a second. ``"auto"``: machine code where it is faster than torch calls on the first
             batch, where a C++ compiler and the native extension are there, else ``"eager"``; ``$MLOPT_BACKEND``
-            overrides it.
+            overrides it. Whatever has to be captured later (a batch of another structure, a size that a graph does not
+            hold for) runs by torch calls unless the cache has it: training is never stopped to compile.
         verify: Compare every derivative with plain autograd on the first batch. Where they disagree, that problem's
             derivatives are taken by plain autograd from then on, and a `VerificationWarning` says so.
         strict: Raise instead of falling back.
@@ -100,6 +101,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
             bar.set_postfix_str(f"verify {name}")
             compiler.derive(name, compiler.streams[name].peek())
             bar.update()
+    compiler.backend.seal()
     executor = Executor(compiler.program, graph.problems, compiler.layouts, compiler.derive, compiler.streams)
     return Plan(graph, compiler.program, executor, compiler.report)
 

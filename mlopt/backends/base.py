@@ -53,6 +53,9 @@ class AbstractBackend(abc.ABC):
             progress: Called with the number of graphs compiled and to be compiled.
         """
 
+    def seal(self) -> None:  # noqa: B027 - see above
+        """Say that training begins: from now on lowering must be quick, at the price of slower graphs."""
+
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Whether `lower` returns quickly for this graph."""
         return True

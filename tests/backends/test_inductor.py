@@ -1,7 +1,9 @@
 """Compiled graphs against eager ones, in float64; what is not compiled; processes that die."""
 
+import fcntl
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -23,9 +25,32 @@ from tests.helpers import bilevel
 needs_compiler = pytest.mark.skipif(inductor.missing() is not None, reason=str(inductor.missing()))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """A cache with the packages of every program below, compiled at once and once for all xdist workers."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packages"
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setenv("MLOPT_COMPILE_JOBS", "2")
+        collector = Collector()
+        patch.setattr(sys.modules["mlopt.compile"], "get_backend", lambda *args: collector)
+        for make in (make_mlp, make_conv, make_trace):
+            train(make, "eager", None, num_steps=0)
+        modules = [*collector.modules, small_graph(), operator_graph()]
+        backends.InductorBackend(directory).prepare(modules)
+    return directory
+
+
+class Collector(backends.EagerBackend):
+    """Keeps the graphs that it is given."""
+
+    def __init__(self):
+        self.modules = []
+
+    def prepare(self, modules, progress=None):
+        self.modules += modules
 
 
 @pytest.fixture(autouse=True)
@@ -42,20 +67,23 @@ def lowerings(plan):
     }
 
 
-def train(make, backend, cache_dir, num_steps=6, **options):
+def make_mlp():
+    """Free batch sizes (the last batch is smaller), buffers that are written, random numbers."""
+    return bilevel.make(dropout=0.3, batch_norm=True, dtype=torch.float64, sizes=(12, 12, 7))
+
+
+def train(make, backend, cache_dir, num_steps=6):
     torch.manual_seed(0)
-    problems = make()
-    plan = mlopt.compile(
-        mlopt.Graph(list(problems)), backend=backend, cache_dir=cache_dir, progress=False, strict=True, **options
-    )
+    graph = mlopt.Graph(list(problems := make()))
+    plan = mlopt.compile(graph, backend=backend, cache_dir=cache_dir, progress=False, strict=True)
     losses = [torch.stack([r["loss"] for r in plan.step().values()]) for _ in range(num_steps)]
     state = [t.clone() for p in problems for t in p.module.state_dict().values()]
     return plan, losses, state
 
 
-def assert_same_training(make, cache_dir, **options):
+def assert_same_training(make, cache_dir):
     eager, *expected = train(make, "eager", cache_dir)
-    plan, *got = train(make, "inductor", cache_dir, **options)
+    plan, *got = train(make, "inductor", cache_dir)
     assert set(lowerings(eager).values()) == {"eager"}
     assert set(lowerings(plan).values()) == {"inductor"}, plan.explain()
     for a, b in zip(got, expected, strict=True):
@@ -66,19 +94,14 @@ def assert_same_training(make, cache_dir, **options):
 @needs_compiler
 def test_mlp_with_dropout_and_batch_norm_trains_as_eager_does(cache_dir):
     """Dropout: any mask but eager's would show in the first loss. The last batch is smaller: sizes are free."""
-    plan = assert_same_training(
-        lambda: bilevel.make(dropout=0.3, batch_norm=True, dtype=torch.float64, sizes=(12, 12, 7)), cache_dir
-    )
+    plan = assert_same_training(make_mlp, cache_dir)
     assert {graph for _, graph in lowerings(plan)} == {"gradient", "primal", "hvp", "mixed"}
-    assert "inductor" in plan.explain() and "compiled in" in plan.explain()
 
 
 @needs_compiler
 def test_second_compilation_of_a_program_starts_no_process(cache_dir, monkeypatch):
-    make = lambda: bilevel.make(dropout=0.3, batch_norm=True, dtype=torch.float64, sizes=(12, 12, 7))  # noqa: E731
-    train(make, "inductor", cache_dir, 1)
     monkeypatch.setattr(backend_module, "compile_jobs", lambda *args: pytest.fail("compiled again"))
-    plan, *_ = train(make, "inductor", cache_dir, 1)
+    plan, *_ = train(make_mlp, "inductor", cache_dir, 1)
     assert set(lowerings(plan).values()) == {"inductor"}
     assert plan.explain().count("from the cache") == len(lowerings(plan))
 
@@ -86,19 +109,14 @@ def test_second_compilation_of_a_program_starts_no_process(cache_dir, monkeypatc
 @needs_compiler
 def test_auto_keeps_the_faster_and_remembers_it(cache_dir, monkeypatch):
     monkeypatch.delenv("MLOPT_BACKEND")
-    make = lambda: bilevel.make(dropout=0.3, batch_norm=True, dtype=torch.float64, sizes=(12, 12, 7))  # noqa: E731
-    _, *expected = train(make, "eager", cache_dir)
-    plan, *got = train(make, "auto", cache_dir)
+    _, *expected = train(make_mlp, "eager", cache_dir)
+    plan, *got = train(make_mlp, "auto", cache_dir)
     for a, b in zip(got, expected, strict=True):  # timing a dropout graph draws no numbers
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert " us eager, " in plan.explain()
     monkeypatch.setattr("mlopt.backends.inductor.choice._time", lambda *args: pytest.fail("measured again"))
-    again, *_ = train(make, "auto", cache_dir)
+    again, *_ = train(make_mlp, "auto", cache_dir)
     assert lowerings(again) == lowerings(plan)
-
-
-class ConvClassifier(bilevel.Classifier):
-    pass
 
 
 def make_conv():
@@ -108,7 +126,7 @@ def make_conv():
     ).double()
     weights = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid()).double()
     data = [(torch.randn(n, 1, 6, 6, dtype=torch.float64), torch.randint(0, 3, (n,))) for n in (8, 8, 5)]
-    lower = ConvClassifier(
+    lower = bilevel.Classifier(
         "classifier",
         module=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
@@ -123,8 +141,14 @@ def make_conv():
 
 
 @needs_compiler
-def test_convolutions_with_batch_norm_train_as_eager_does(cache_dir):
-    assert_same_training(make_conv, cache_dir)
+def test_convolutions_with_batch_norm_train_as_eager_does(cache_dir, monkeypatch):
+    """The last batch makes a new capture necessary: torch specializes sizes in second derivatives of convolutions.
+
+    Training is not stopped to compile it.
+    """
+    monkeypatch.setattr(backend_module, "compile_jobs", lambda *args: pytest.fail("compiled during training"))
+    plan = assert_same_training(make_conv, cache_dir)
+    assert "captured after training had begun" in plan.explain()
 
 
 class Trace(mlopt.Problem):
@@ -201,11 +225,19 @@ def trace_graph(function, *inputs, dynamic=True):
     return module
 
 
+def small_graph():
+    return trace_graph(scaled, torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64))
+
+
+def operator_graph():
+    matrix = torch.randn(5, 5, dtype=torch.float64)
+    return trace_graph(lambda m, v: (m @ v,), matrix, matrix[0], dynamic=False)
+
+
 @pytest.fixture(scope="module")
 def small(cache_dir):
     """A traced graph and its package."""
-    x, w = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    module = trace_graph(scaled, x, w)
+    module = small_graph()
     lowered = backends.InductorBackend(cache_dir).lower(module)
     assert lowered.lowering.backend == "inductor", lowered.lowering
     return module, lowered
@@ -401,14 +433,13 @@ def test_options_hold_the_number_of_threads():
 
 @needs_compiler
 def test_solver_loops_on_a_package_give_the_bits_of_the_loop_in_python(cache_dir, monkeypatch):
-    make = lambda: bilevel.make(dropout=0.3, batch_norm=True, dtype=torch.float64, sizes=(12, 12, 7))  # noqa: E731
     used = []
     native_operator = LoweredGraph.native_operator
     monkeypatch.setattr(LoweredGraph, "native_operator", lambda *args: used.append(native_operator(*args)) or used[-1])
-    _, *expected = train(make, "inductor", cache_dir)
+    _, *expected = train(make_mlp, "inductor", cache_dir)
     assert used and all(type(operator).__name__ == "PackageOperator" for operator in used)
     monkeypatch.setattr(LoweredGraph, "native_operator", lambda *args: None)
-    _, *got = train(make, "inductor", cache_dir)
+    _, *got = train(make_mlp, "inductor", cache_dir)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -416,8 +447,7 @@ def test_solver_loops_on_a_package_give_the_bits_of_the_loop_in_python(cache_dir
 @needs_compiler
 def test_a_package_as_an_operator(cache_dir):
     matrix = torch.randn(5, 5, dtype=torch.float64)
-    module = trace_graph(lambda m, v: (m @ v,), matrix, torch.randn(5, dtype=torch.float64), dynamic=False)
-    lowered = backends.InductorBackend(cache_dir).lower(module)
+    lowered = backends.InductorBackend(cache_dir).lower(operator_graph())
     operator = lowered.native_operator([matrix, None], 1)
     v = torch.randn(10, dtype=torch.float64)[::2]
     torch.testing.assert_close(operator.apply(v), matrix @ v)

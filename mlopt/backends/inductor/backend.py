@@ -69,6 +69,7 @@ class InductorBackend(AbstractBackend):
         self._measure = measure
         self._eager = EagerBackend()
         self._prepared: dict[fx.GraphModule, _Lowered] = {}
+        self._sealed = False
         if measure:
             self.name = "auto"
 
@@ -86,7 +87,11 @@ class InductorBackend(AbstractBackend):
                 continue
             graph.entry = self._cache.get(graph.key)
             graph.cached = graph.entry is not None
-            if graph.entry is None:
+            if graph.entry is None and self._sealed:
+                # A last batch of another size, say. Compiling for it would stop the training run for minutes.
+                graph.error = "it was captured after training had begun, and is not in the cache"
+                logger.info("a graph runs eagerly: %s", graph.error)
+            elif graph.entry is None:
                 jobs[graph.key] = (graph, worker.Job(graph.spec, options, str(self._cache.new_package())))
         if jobs:
             self._compile(jobs, progress)
@@ -115,6 +120,10 @@ class InductorBackend(AbstractBackend):
         finally:
             for _, job in jobs.values():
                 Path(job.path).unlink(missing_ok=True)
+
+    def seal(self) -> None:
+        """Compile nothing any more; the cache is still looked at."""
+        self._sealed = True
 
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Whether a graph was found or compiled already."""

@@ -112,6 +112,8 @@ class _Slot:
     def _run(self, job: Job) -> Result:
         if self._process is None:
             self._process = _start(self._log)
+            if self._stopped:  # either this is seen here, or `stop` sees the process
+                self._process.kill()
             ready = self._exchange(self._process, None)
             if isinstance(ready, Result):
                 return ready
