@@ -1,9 +1,9 @@
 // The Python module mlopt._C. Importing it registers the ops (ops.cpp and the families' _op.cpp files); what is bound
 // here is only what is not a tensor op.
+#include "runtime/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
-
-#include "runtime/bindings.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of mlopt.";

@@ -1,9 +1,9 @@
 // `Package`: an AOTInductor package that checks what it is given.
 //
-// A package is machine code for one layout of its inputs and checks nothing: a wrong stride is a wrong number. Here every
-// input is compared with the layout that was compiled for, which costs nanoseconds, and copied into it where it differs.
-// Free sizes are read from the arguments; the layouts that belong to them are registered once per set of sizes, by the
-// caller, who knows the expressions.
+// A package is machine code for one layout of its inputs and checks nothing: a wrong stride is a wrong number. Here
+// every input is compared with the layout that was compiled for, which costs nanoseconds, and copied into it where it
+// differs. Free sizes are read from the arguments; the layouts that belong to them are registered once per set of
+// sizes, by the caller, who knows the expressions.
 #pragma once
 
 #include <ATen/core/Tensor.h>

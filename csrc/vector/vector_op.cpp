@@ -1,4 +1,6 @@
 // Tensors of the family `vector`: checks, dtype dispatch, workspaces, registration. The kernels never see a tensor.
+#include "vector_op.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -10,7 +12,6 @@
 
 #include "../common/device.h"
 #include "vector.h"
-#include "vector_op.h"
 
 namespace mlopt {
 namespace {
