@@ -59,8 +59,6 @@ def options() -> tuple[tuple[str, Any], ...]:
         ("fallback_random", True),
         # Residuals go from one package to the next, which expects the strides that the trace had.
         ("keep_output_stride", True),
-        # For profilers; without them packages are a third of the size and compile in 5/6 of the time.
-        ("aot_inductor.enable_line_tables", False),
         # The loops are generated for a number of threads: that of this process, not of the one that compiles.
         ("cpp.threads", torch.get_num_threads()),
     )
