@@ -24,7 +24,9 @@ class Compiled(Protocol):
     It returns tensors, and None or numbers where the graph returns those.
     """
 
-    lowering: Lowering
+    @property
+    def lowering(self) -> Lowering:
+        """What became of the graph."""
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Run the graph."""

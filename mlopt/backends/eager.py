@@ -12,10 +12,15 @@ from mlopt.backends.base import AbstractBackend, Compiled, Lowering
 
 
 class EagerGraph:
-    """The graph's forward under ``no_grad``."""
+    """The graph's forward under ``no_grad``.
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.lowering = Lowering("eager")
+    Args:
+        module: The graph.
+        note: Why it runs eagerly, where something else was asked for.
+    """
+
+    def __init__(self, module: fx.GraphModule, note: str = "") -> None:
+        self.lowering = Lowering("eager", note)
         self._forward = module.forward
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from mlopt import ops
 from mlopt.backends.base import AbstractBackend, Compiled, Lowering
-from mlopt.backends.eager import EagerBackend
+from mlopt.backends.eager import EagerGraph
 from mlopt.backends.inductor import worker
 from mlopt.backends.inductor.cache import DiskCache, Entry, machine
 from mlopt.backends.inductor.choice import MeasuredGraph
@@ -67,7 +67,6 @@ class InductorBackend(AbstractBackend):
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None, *, measure: bool = False) -> None:
         self._cache = DiskCache(cache_dir)
         self._measure = measure
-        self._eager = EagerBackend()
         self._prepared: dict[fx.GraphModule, _Lowered] = {}
         self._sealed = False
         if measure:
@@ -134,16 +133,13 @@ class InductorBackend(AbstractBackend):
         if module not in self._prepared:
             self.prepare([module])
         graph = self._prepared.pop(module)
-        eager = self._eager.lower(module)
         if graph.entry is None or graph.spec is None or graph.plan is None:
-            eager.lowering = Lowering("eager", f"not compiled: {graph.error}")
-            return eager
+            return EagerGraph(module, f"not compiled: {graph.error}")
         how = "from the cache" if graph.cached else f"compiled in {graph.entry.seconds:.0f} s"
         try:
-            lowered = LoweredGraph(graph.spec, graph.plan, graph.entry, eager, Lowering("inductor", how))
+            lowered = LoweredGraph(graph.spec, graph.plan, graph.entry, EagerGraph(module), Lowering("inductor", how))
         except RuntimeError as error:  # a library it needs is gone, no space to unpack it, ...
-            eager.lowering = Lowering("eager", f"its package cannot be loaded: {str(error).strip().splitlines()[0]}")
-            return eager
+            return EagerGraph(module, f"its package cannot be loaded: {str(error).strip().splitlines()[0]}")
         return MeasuredGraph(lowered, graph.key, self._cache) if self._measure else lowered
 
     def _cut(self, module: fx.GraphModule, options: tuple[tuple[str, object], ...]) -> _Lowered:

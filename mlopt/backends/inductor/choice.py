@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mlopt.backends.base import Lowering
 from mlopt.backends.inductor.cache import DiskCache
 from mlopt.backends.inductor.lowered import LoweredGraph
 
@@ -32,10 +33,19 @@ class MeasuredGraph:
         self._key = key
         self._cache = cache
         self._chosen: Any = None
-        self.lowering = lowered.lowering
+        self._figures = ""
         known = cache.get_choice(key)
         if known is not None:
             self._choose(*known)
+
+    @property
+    def lowering(self) -> Lowering:
+        """What is reported of the graph."""
+        lowering = self._lowered.lowering
+        if self._chosen is None or lowering.backend == "eager":  # the latter if the package failed
+            return lowering
+        backend = "inductor" if self._chosen is self._lowered else "eager"
+        return dataclasses.replace(lowering, backend=backend, note=f"{lowering.note}; {self._figures}")
 
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
@@ -63,9 +73,9 @@ class MeasuredGraph:
         self._cache.put_choice(self._key, faster, figures)
         self._choose(faster, figures)
 
-    def _choose(self, backend: str, note: str) -> None:
+    def _choose(self, backend: str, figures: str) -> None:
         self._chosen = self._lowered if backend == "inductor" else self._lowered.eager
-        self.lowering = dataclasses.replace(self.lowering, backend=backend, note=f"{self.lowering.note}; {note}")
+        self._figures = figures
 
 
 def _time(function: Any, arguments: Sequence[Any], device: torch.device) -> float:

@@ -24,7 +24,8 @@ _COMPUTED, _ARGUMENT, _VALUE = 0, 1, 2  # mlopt::OutputKind
 class LoweredGraph:
     """Calls a package like the graph it was made from.
 
-    Sizes for which the package is not right (Inductor specialized one) run by the eager graph.
+    Sizes for which the package is not right (Inductor specialized one) run by the eager graph; so does everything once
+    the package has failed.
 
     Args:
         spec: The graph that was compiled.
@@ -47,6 +48,7 @@ class LoweredGraph:
         self._plan = plan
         self._guards = [compile(guard, "<guard>", "eval") for guard in entry.guards]
         self._refused: set[tuple[int, ...]] = set()
+        self._failed = False
         self.native = extension.Call(
             extension.Package(str(entry.path), [x.dtype for x in spec.inputs]),
             plan.num_arguments,
@@ -58,23 +60,35 @@ class LoweredGraph:
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Return what the graph returns."""
+        if self._failed:
+            return self.eager(*arguments)
         try:
             results = self.native(*arguments)
             if results is None:  # sizes not seen before
                 results = self.native(*arguments) if self.accepts(arguments) else None
         except RuntimeError as error:
-            logger.warning("a compiled graph failed and runs eagerly this time: %s", error)
+            self._fail(error)
             results = None
         return self.eager(*arguments) if results is None else results
 
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
-        if not self.is_operator(hole):
+        if self._failed or not self.is_operator(hole):
             return None
-        operator = self.native.operator(arguments, hole)
-        if operator is None and self.accepts(arguments):
+        try:
             operator = self.native.operator(arguments, hole)
+            if operator is None and self.accepts(arguments):
+                operator = self.native.operator(arguments, hole)
+        except RuntimeError as error:
+            self._fail(error)
+            return None
         return operator
+
+    def _fail(self, error: RuntimeError) -> None:
+        """Give the package up: it was compiled for something else than it is given (tracing got a size wrong, say)."""
+        logger.warning("a compiled graph failed and runs eagerly from now on: %s", error)
+        self._failed = True
+        self.lowering = Lowering("eager", f"its package failed: {str(error).strip().splitlines()[0]}")
 
     def is_operator(self, hole: int) -> bool:
         """Whether the graph computes one tensor that depends on argument `hole`."""
