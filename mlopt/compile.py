@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 from mlopt.autodiff import FlatLayout, TaskAxis
 from mlopt.autodiff.update import OptimizerState, apply_update, update_factor
-from mlopt.backends import AbstractBackend, get_backend
+from mlopt.backends import AbstractBackend, EagerBackend, get_backend
 from mlopt.capture import LossGraph, capture_loss
 from mlopt.capture.tasks import showing_task
 from mlopt.errors import (
@@ -50,7 +52,13 @@ logger = logging.getLogger(__name__)
 
 
 def compile(  # noqa: A001 - the name users know from torch.compile and re.compile
-    graph: Graph, *, backend: str = "auto", verify: bool = True, strict: bool = False, progress: bool = True
+    graph: Graph,
+    *,
+    backend: str = "auto",
+    verify: bool = True,
+    strict: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
 ) -> Plan:
     """Compile a multilevel program.
 
@@ -60,10 +68,16 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
 
     Args:
         graph: The problems.
-        backend: What runs the graphs: ``"eager"`` (torch calls) or ``"auto"`` (the best one built).
+        backend: What runs the graphs. ``"eager"``: torch calls. ``"inductor"``: machine code by AOTInductor, compiled
+            in parallel processes and kept on disk; the first compilation of a program takes 10 seconds to minutes,
+            the next ones under a second. ``"auto"``: machine code where it is faster than torch calls on the first
+            batch, where a C++ compiler and the native extension are there, else ``"eager"``; ``$MLOPT_BACKEND``
+            overrides it. Whatever has to be captured later (a batch of another structure, a size that a graph does not
+            hold for) runs by torch calls unless the cache has it: training is never stopped to compile.
         verify: Compare every derivative with plain autograd on the first batch. Where they disagree, that problem's
             derivatives are taken by plain autograd from then on, and a `VerificationWarning` says so.
         strict: Raise instead of falling back.
+        cache_dir: Where compiled graphs are kept; default: ``$MLOPT_CACHE_DIR``, else ``~/.cache/mlopt``.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -77,7 +91,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         DataError: A problem's data is empty.
         VerificationError: With ``strict``, a derivative disagrees with plain autograd.
     """
-    compiler = Compiler(graph, get_backend(backend), verify=verify, strict=strict)
+    compiler = Compiler(graph, get_backend(backend, cache_dir), verify=verify, strict=strict)
     with tqdm(total=2 * len(graph.problems), desc="compile", leave=False, disable=None if progress else True) as bar:
         for name in graph.problems:
             bar.set_postfix_str(f"capture {name}")
@@ -88,9 +102,14 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         compiler.check_estimators()
         compiler.warn_about_unreached()
         for name in graph.problems:
-            bar.set_postfix_str(f"differentiate and lower {name}")
+            bar.set_postfix_str(f"differentiate {name}")
+            compiler.differentiate(name)
+        compiler.lower(lambda done, total: bar.set_postfix_str(f"{done} of {total} graphs compiled"))
+        for name in graph.problems:
+            bar.set_postfix_str(f"verify {name}")
             compiler.derive(name, compiler.streams[name].peek())
             bar.update()
+    compiler.backend.seal()
     executor = Executor(compiler.program, graph.problems, compiler.layouts, compiler.derive, compiler.streams)
     return Plan(graph, compiler.program, executor, compiler.report, compiler.autograd)
 
@@ -126,6 +145,7 @@ class Compiler:
         self.program: ExecutionPlan | None = None
         self.report = CompileReport(backend.name, self.layouts)
         self._known: dict[tuple[object, ...], AbstractDerivatives] = {}
+        self._ready: dict[str, DerivativeGraphs | Island] = {}  # differentiated on the first batch, not yet lowered
 
     def capture(self, name: str) -> None:
         """Capture a problem's loss on its first batch."""
@@ -207,6 +227,17 @@ class Compiler:
                     stacklevel=3,
                 )
 
+    def differentiate(self, name: str) -> None:
+        """Build the graphs of a problem for its first batch."""
+        self._ready[name] = self._graphs(name, self.streams[name].peek())
+
+    def lower(self, progress: Callable[[int, int], None]) -> None:
+        """Do the slow part of lowering all graphs built so far at once."""
+        start = time.perf_counter()
+        graphs = [g for g in self._ready.values() if isinstance(g, DerivativeGraphs)]
+        self.backend.prepare([module for g in graphs for module in g.modules().values()], progress)
+        self.report.seconds["lower"] += time.perf_counter() - start
+
     def derive(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return derivatives of a problem's loss that are valid for this batch, compiling them if need be."""
         key = (name, self.guard.modes(), *batch.signature())
@@ -221,6 +252,22 @@ class Compiler:
 
     def _build(self, name: str, batch: Batch) -> AbstractDerivatives:
         assert self.program is not None, "derivatives are built for a planned program"
+        graphs = self._ready.pop(name, None) or self._graphs(name, batch)
+        if isinstance(graphs, Island):
+            return self.autograd(name, self.program.needs[name])
+        start = time.perf_counter()
+        derivatives = GraphDerivatives(graphs, self.backend)
+        self.report.seconds["lower"] += time.perf_counter() - start
+        self.report.add(name, derivatives)
+        if not self.verify:
+            return derivatives
+        start = time.perf_counter()
+        verified = self._verified(name, derivatives, batch)
+        self.report.seconds["verify"] += time.perf_counter() - start
+        return verified
+
+    def _graphs(self, name: str, batch: Batch) -> DerivativeGraphs | Island:
+        assert self.program is not None
         first, needs = self.losses[name], self.program.needs[name]
         loss = first
         if isinstance(first, LossGraph) and not self._is_captured(first, batch):
@@ -231,19 +278,11 @@ class Compiler:
                 f"{_names(loss)}; when the plan was made it read {_names(first)}. The problem graph must not change"
             )
         if isinstance(loss, Island):
-            return self.autograd(name, needs)
+            return loss
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
-        if isinstance(graphs, Island):
-            return self.autograd(name, needs)
-        derivatives: AbstractDerivatives = GraphDerivatives(graphs, self.backend)
-        self.report.seconds["differentiate and lower"] += time.perf_counter() - start
-        self.report.add(name, graphs)
-        if self.verify:
-            start = time.perf_counter()
-            derivatives = self._verified(name, derivatives, batch)
-            self.report.seconds["verify"] += time.perf_counter() - start
-        return derivatives
+        self.report.seconds["differentiate"] += time.perf_counter() - start
+        return graphs
 
     def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
         axis = self.axes[loss.problem]
@@ -347,19 +386,29 @@ class Compiler:
         with frozen_random_state(get_random_state(self.layouts[name].device)):
             return self.autograd(name, ProductNeeds()).reads(batch)
 
-    def _verified(self, name: str, derivatives: AbstractDerivatives, batch: Batch) -> AbstractDerivatives:
+    def _verified(self, name: str, derivatives: GraphDerivatives, batch: Batch) -> AbstractDerivatives:
         assert self.program is not None
         problem, problems, needs = self.graph.problems[name], self.graph.problems, self.program.needs[name]
-        reference = self.autograd(name, needs)
+        reference: AbstractDerivatives = self.autograd(name, needs)
         if self.axes[name] is not None and derivatives.is_random:
+            # What can be checked is that the backend does what the graphs say.
             self.report.unverified[name] = "its tasks draw their random numbers in another order than a loop over them"
-            return derivatives
+            reference = GraphDerivatives(derivatives.graphs, EagerBackend())
         difference = find_disagreement(derivatives, reference, problem, problems, self.layouts[name], needs, batch)
         if difference is None:
             return derivatives
         message = f"problem {name!r}: a compiled derivative disagrees with plain autograd: {difference}"
         if self.strict:
             raise VerificationError(message + "; strict=True was given. compile(..., strict=False) uses plain autograd")
+        if any(lowering.backend != "eager" for lowering in derivatives.lowerings().values()):
+            # Is the graph wrong, or what the backend made of it? Torch calls on a right graph beat plain autograd.
+            eager = GraphDerivatives(derivatives.graphs, EagerBackend())
+            layout = self.layouts[name]
+            if find_disagreement(eager, reference, problem, problems, layout, needs, batch) is None:
+                message += f". The graphs are right and the {self.backend.name} backend is not: they run eagerly"
+                warnings.warn(message, VerificationWarning, stacklevel=5)
+                self.report.replace(name, derivatives, eager)
+                return eager
         warnings.warn(message + "; this problem runs by plain autograd", VerificationWarning, stacklevel=5)
         self.report.islands[name] = message
         return reference

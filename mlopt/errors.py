@@ -59,6 +59,10 @@ class IslandWarning(UserWarning):
     """A problem could not be captured and runs by plain autograd, with the same results (an eager island)."""
 
 
+class BackendWarning(UserWarning):
+    """The backend that was asked for cannot be used; the eager one is used instead."""
+
+
 class SolverWarning(UserWarning):
     """A linear solve broke down or met non-finite numbers."""
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},
     "planner": {"graph", "hypergradient"},
-    "backends": {"ops"},
+    "backends": {"errors", "ops"},
     "runtime": {
         "autodiff",
         "backends",

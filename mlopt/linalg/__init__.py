@@ -7,6 +7,7 @@ never a loss or a problem. Usable on their own::
 """
 
 from mlopt.linalg.lanczos import extreme_eigenvalues
+from mlopt.linalg.native import native_callback
 from mlopt.linalg.operator import (
     AbstractLinearOperator,
     BlockOperator,
@@ -39,6 +40,7 @@ __all__ = [
     "cg",
     "dense",
     "extreme_eigenvalues",
+    "native_callback",
     "neumann",
     "nystrom",
     "nystrom_approximation",

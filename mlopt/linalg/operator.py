@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from mlopt.linalg.native import native_damped
 
 
 class AbstractLinearOperator(abc.ABC):
@@ -17,12 +20,14 @@ class AbstractLinearOperator(abc.ABC):
             to each its own map.
         dtype: Dtype of the vectors.
         device: Device of the vectors.
+        native: The same map for loops in C++ (see `mlopt.linalg.native`), or None.
     """
 
     size: int
     blocks: int | None = None
     dtype: torch.dtype
     device: torch.device
+    native: Any = None
 
     @abc.abstractmethod
     def mv(self, vector: torch.Tensor) -> torch.Tensor:
@@ -46,7 +51,7 @@ class AbstractLinearOperator(abc.ABC):
 
 
 class FunctionOperator(AbstractLinearOperator):
-    """An operator given by a function.
+    """An operator given by a function, and possibly by a native operator that does the same.
 
     Args:
         function: ``[N] -> [N]``.
@@ -54,6 +59,7 @@ class FunctionOperator(AbstractLinearOperator):
         rows: ``[K, N] -> [K, N]``, if there is something faster than `function` on each row.
         dtype: Dtype of the vectors.
         device: Device of the vectors.
+        native: The same as `function` in C++ (see `mlopt.linalg.native`), or None.
     """
 
     def __init__(
@@ -64,9 +70,11 @@ class FunctionOperator(AbstractLinearOperator):
         rows: Callable[[torch.Tensor], torch.Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        native: Any = None,
     ) -> None:
         self._function = function
         self._rows = rows
+        self.native = native
         self.size = size
         self.dtype = dtype
         self.device = torch.device(device)
@@ -158,6 +166,7 @@ class DampedOperator(AbstractLinearOperator):
         self._damping = damping
         self.size, self.dtype, self.device = operator.size, operator.dtype, operator.device
         self.blocks = operator.blocks
+        self.native = native_damped(operator.native, damping)
 
     def mv(self, vector: torch.Tensor) -> torch.Tensor:
         """Return ``A v + damping v``."""

@@ -5,7 +5,7 @@ package knows nothing of operators, solvers or problems.
 """
 
 from mlopt.ops.library import available, build_config
-from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, neumann_step_, norm, perturb
+from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, is_native, neumann_step_, norm, perturb
 
 __all__ = [
     "CgState",
@@ -14,6 +14,7 @@ __all__ = [
     "cg_init",
     "cg_step_",
     "dot",
+    "is_native",
     "neumann_step_",
     "norm",
     "perturb",

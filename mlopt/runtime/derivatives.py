@@ -10,7 +10,7 @@ import abc
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from mlopt.autodiff import (
     read_gradient_over_tasks,
 )
 from mlopt.autodiff.split import draws_random
-from mlopt.backends import AbstractBackend
+from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import InputRole, LossGraph
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
@@ -68,6 +68,10 @@ class AbstractLinearization(abc.ABC):
     @abc.abstractmethod
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``(d2g/dr dtheta)^T q`` [N_r] for each planned target r."""
+
+    def native_hvp(self) -> Any:
+        """Return ``v -> H v`` as a native operator (see `mlopt.linalg.native`), or None."""
+        return None
 
 
 class MeanLinearization(AbstractLinearization):
@@ -253,9 +257,15 @@ class GraphDerivatives(AbstractDerivatives):
     def __init__(self, graphs: DerivativeGraphs, backend: AbstractBackend) -> None:
         self.graphs = graphs
         self._loss = graphs.loss
-        self._call = {name: backend.lower(module) for name, module in graphs.modules().items()}
+        modules = graphs.modules()
+        backend.prepare([module for module in modules.values() if not backend.is_prepared(module)])
+        self._call = {name: backend.lower(module) for name, module in modules.items()}
         self._values: Mapping[int, torch.Tensor] = {}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
+
+    def lowerings(self) -> dict[str, Lowering]:
+        """Return what became of each graph."""
+        return {name: call.lowering for name, call in self._call.items()}
 
     @contextlib.contextmanager
     def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
@@ -311,9 +321,7 @@ class GraphDerivatives(AbstractDerivatives):
 
 
 class _GraphLinearization(AbstractLinearization):
-    def __init__(
-        self, residuals: Sequence[Any], call: Mapping[str, Callable[..., Any]], graphs: LinearizationGraphs
-    ) -> None:
+    def __init__(self, residuals: Sequence[Any], call: Mapping[str, Compiled], graphs: LinearizationGraphs) -> None:
         self._residuals = residuals
         self._call = call
         self._targets = graphs.targets
@@ -329,6 +337,9 @@ class _GraphLinearization(AbstractLinearization):
         assert graph is not None
         with torch.no_grad():
             return torch.func.vmap(lambda v: graph(*self._residuals, v)[0])(rows)
+
+    def native_hvp(self) -> Any:
+        return self._call["hvp"].native_operator([*self._residuals, None], len(self._residuals))
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))

@@ -291,7 +291,10 @@ class Executor:
         layout = self.layouts[name]
         dtype, device, product = layout.dtype, layout.device, linearization.hvp
         if layout.tasks is None:
-            return FunctionOperator(product, layout.size, rows=linearization.hvps, dtype=dtype, device=device)
+            native = linearization.native_hvp()
+            return FunctionOperator(
+                product, layout.size, rows=linearization.hvps, dtype=dtype, device=device, native=native
+            )
         return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
 
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
