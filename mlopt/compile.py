@@ -23,6 +23,7 @@ from mlopt.errors import (
     CaptureError,
     GraphError,
     IslandWarning,
+    LossError,
     MloptError,
     ProblemError,
     StructureWarning,
@@ -181,6 +182,8 @@ class Compiler:
     def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
         try:
             return differentiate(loss, batch, self.layouts, needs)
+        except LossError:  # a loss that the estimator cannot be used with
+            raise
         except Exception:
             logger.debug("differentiating %s with free sizes failed; trying fixed ones", loss.problem, exc_info=True)
         try:  # some operations (recurrent ones on the CPU) have no derivative for symbolic sizes

@@ -16,7 +16,7 @@ ALLOWED = {
     "problem": {"errors", "hypergradient"},  # the latter for annotations only
     "capture": {"errors", "problem"},
     "passes": set(),
-    "autodiff": {"capture", "passes"},
+    "autodiff": {"capture", "errors", "passes"},
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},
     "planner": {"graph", "hypergradient"},

@@ -28,6 +28,10 @@ class AbstractEstimator(abc.ABC):
     #: Whether `solve` multiplies with the operator. If False no Hessian product is built for the problem.
     uses_hvp: bool = True
 
+    #: What `solve` is given for H: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix of the loss, which
+    #: is positive semi-definite where the loss is a convex function of network outputs.
+    curvature: str = "hessian"
+
     #: Whether the plan hands the previous q of the same place in the program to `solve` as its first guess.
     warm_start: bool = False
 
@@ -67,3 +71,9 @@ def check_count(owner: str, argument: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{owner}, argument `{argument}`: expected an integer >= 1, got {value!r}")
+
+
+def check_curvature(owner: str, value: Any) -> None:
+    """Raise ValueError unless `value` names a curvature."""
+    if value not in ("hessian", "ggn"):
+        raise ValueError(f"{owner}, argument `curvature`: expected 'hessian' or 'ggn', got {value!r}")

@@ -54,7 +54,7 @@ class AbstractLinearization(abc.ABC):
 
     @abc.abstractmethod
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
-        """Return ``H v`` [N]."""
+        """Return ``H v`` [N], or ``G v`` if the plan asks for Gauss-Newton products."""
 
     @abc.abstractmethod
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,7 +113,9 @@ def differentiate(
     inputs = bind_inputs(loss, batch)
     linearization = read_gradient = None
     if needs.hvp or needs.mixed:
-        linearization = linearization_graphs(loss, inputs, layouts, hvp=needs.hvp, targets=needs.mixed)
+        linearization = linearization_graphs(
+            loss, inputs, layouts, hvp=needs.hvp, targets=needs.mixed, curvature=needs.curvature
+        )
     if needs.read_gradients:
         read_gradient = read_gradient_graph(loss, inputs, layouts, needs.read_gradients)
     gradient = gradient_graph(loss, inputs, layouts, needs.cotangents)

@@ -124,7 +124,8 @@ def _cost(instruction: Instruction) -> str:
         return "1 forward, 1 backward"
     if isinstance(instruction, Solve):
         most = instruction.estimator.max_hvps
-        return f"at most {_count(most, 'Hessian product')}" if most else "no Hessian product"
+        noun = "Gauss-Newton product" if instruction.estimator.curvature == "ggn" else "Hessian product"
+        return f"at most {_count(most, noun)}" if most else f"no {noun}"
     if isinstance(instruction, MixedProduct):
         return "1 tangent pass" if instruction.step is None else "2 forward, 2 backward"
     assert isinstance(instruction, Update)
