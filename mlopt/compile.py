@@ -68,7 +68,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
     Raises:
         GraphError: Declared dependencies differ from what the losses read.
         ProblemError: The parameters of one program lie on different devices.
-        LossError: A `training_step` returns no differentiable scalar.
+        LossError: A `training_step` returns no differentiable scalar, or a loss without the structure that the
+            curvature of its estimator needs.
         CaptureError: A `training_step` cannot be captured (with ``strict``), or fails by itself.
         DataError: A problem's data is empty.
         VerificationError: With ``strict``, a derivative disagrees with plain autograd.
@@ -165,11 +166,11 @@ class Compiler:
                 f"{_names(loss)}; when the plan was made it read {_names(first)}. The problem graph must not change"
             )
         if isinstance(loss, Island):
-            return AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
+            return self._eager(name, batch, needs)
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
         if isinstance(graphs, Island):
-            return AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
+            return self._eager(name, batch, needs)
         derivatives: AbstractDerivatives = GraphDerivatives(graphs, self.backend)
         self.report.seconds["differentiate and lower"] += time.perf_counter() - start
         self.report.add(name, graphs)
@@ -241,6 +242,13 @@ class Compiler:
         self.report.islands[name] = reason
         own = reads.pop(name, ())
         return Island(name, reads, frozenset(own))
+
+    def _eager(self, name: str, batch: Batch, needs: ProductNeeds) -> AbstractDerivatives:
+        derivatives = AutogradDerivatives(self.graph.problems[name], self.graph.problems, self.layouts, needs)
+        if needs.hvp and needs.curvature != "hessian":  # not every loss has the others: say so now
+            with frozen_random_state(get_random_state(self.layouts[name].device)):
+                derivatives.linearize(batch)
+        return derivatives
 
     def _eager_reads(self, name: str, batch: Batch) -> dict[str, tuple[str, ...]]:
         problems = self.graph.problems

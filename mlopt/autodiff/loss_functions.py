@@ -3,8 +3,8 @@
 A generalized Gauss-Newton product needs the loss as ``g = l(z(theta), theta)`` with l convex in z. Nothing declares z,
 so it is read off the graph, in two ways:
 
-- *named* loss functions (`aten.cross_entropy_loss`, `aten.mse_loss`, ...) anywhere in the graph: z is their first input,
-  or both where the function is one of their difference;
+- *named* loss functions (`aten.cross_entropy_loss`, `aten.mse_loss`, ...) anywhere in the graph: z is their first
+  input, or both where the function is one of their difference;
 - losses *written by hand*: a convex function (a square, logsumexp, ...), or a concave one with a minus sign (a
   log-softmax under `nll_loss` or times a target, a log-sigmoid), whose result reaches the loss through affine
   operations only. The sign is followed through negations, differences and factors that are plain numbers; other
@@ -162,12 +162,13 @@ class _Finder:
             operands = self._operands(node)
             if _name(node) == "getitem" and _name(node.args[0]) == "broadcast_tensors":
                 node = node.args[0].args[0][node.args[1]]
-            elif len(operands) == 1 and self._is_affine_here(node, _ELEMENTWISE):
+            elif (
+                (len(operands) == 1 and self._is_affine_here(node, _ELEMENTWISE))
+                or (_name(function) == "binary_cross_entropy" and _name(node) == "sigmoid")
+                # the square of a norm is a sum of squares
+                or (_name(function) in ("mul", "pow", "square") and _name(node) in ("linalg_vector_norm", "norm"))
+            ):
                 (node,) = operands
-            elif (_name(function), _name(node)) == ("binary_cross_entropy", "sigmoid"):
-                (node,) = operands
-            elif _name(function) in ("mul", "pow", "square") and _name(node) in ("linalg_vector_norm", "norm"):
-                (node,) = operands  # the square of a norm is a sum of squares
             else:
                 return node
 

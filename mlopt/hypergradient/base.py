@@ -28,8 +28,8 @@ class AbstractEstimator(abc.ABC):
     #: Whether `solve` multiplies with the operator. If False no Hessian product is built for the problem.
     uses_hvp: bool = True
 
-    #: What `solve` is given for H: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix of the loss, which
-    #: is positive semi-definite where the loss is a convex function of network outputs.
+    #: What `solve` is given for H: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix of the loss,
+    #: which is positive semi-definite where the loss is a convex function of network outputs.
     curvature: str = "hessian"
 
     #: Whether the plan hands the previous q of the same place in the program to `solve` as its first guess.
