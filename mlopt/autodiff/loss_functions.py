@@ -11,8 +11,9 @@ so it is read off the graph, in two ways:
   factors (weights, masks, targets) are taken to be non-negative.
 
 From the input of such a function z is looked for upward through element-wise affine operations and changes of shape, so
-that ``logsumexp(z / 2) - z[y] / 2`` is one function of one z. If z is an affine function of the parameters themselves
-(a squared-norm penalty), the Gauss-Newton product of that term is its Hessian product, and no cut is made.
+that ``logsumexp(z / 2) - z[y] / 2`` is one function of one z. No cut is made where z is computed from the parameters
+alone (a penalty), nor where it is an affine function of them (its Gauss-Newton product is its Hessian product): these
+terms have exact products.
 """
 
 from __future__ import annotations
@@ -80,14 +81,14 @@ class _Finder:
         self.graph = loss.module.graph
         self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         self.own = set(loss.positions(InputRole.OWN))
-        self.read: set[fx.Node] = set()  # nodes whose values were reasoned about
+        self.from_parameters = _computed_from_parameters(loss)
         self.depends = functools.lru_cache(maxsize=None)(self._depends)
 
     def find(self) -> list[fx.Node]:
         root = next(n for n in self.graph.nodes if n.op == "output").args[0][0]
         functions = self._functions(root)
         cuts = {z for f, arguments in functions.items() for a in arguments for z in [self._upward(a, f)]}
-        curved = {z for z in cuts if not self._is_affine(z)}
+        curved = {z for z in cuts if z not in self.from_parameters and not self._is_affine(z)}
         if not curved:
             found = ", ".join(dict.fromkeys(_name(f) for f in functions))
             raise LossError(
@@ -113,34 +114,22 @@ class _Finder:
 
     def _functions(self, root: fx.Node) -> dict[fx.Node, list[fx.Node]]:
         """Return the loss functions, and the arguments of each that z is looked for in."""
+        named = [n for n in self.graph.nodes if _name(n) in NAMED_LOSSES and self.depends(n)]
         found = {}
-        for node in self._ancestors(root):
-            if _name(node) in NAMED_LOSSES:
-                arguments = [a for a in node.args[: NAMED_LOSSES[_name(node)]] if isinstance(a, fx.Node)]
-                arguments = [a for a in arguments if self.depends(a)]
-                if arguments:
-                    found[node] = arguments
+        for node in (named[i] for i in sorted(depends_on(root, named))):
+            arguments = [a for a in node.args[: NAMED_LOSSES[_name(node)]] if isinstance(a, fx.Node)]
+            found[node] = [a for a in arguments if self.depends(a)]
         seen, stack = set(), [(root, 1)]
         while stack:
             node, sign = stack.pop()
             if (node, sign) in seen or node in found or not self.depends(node):
                 continue
             seen.add((node, sign))
-            self.read.add(node)
             if (_is_convex(node) and sign > 0) or (_name(node) in _CONCAVE and sign < 0):
                 found[node] = self._operands(node)[:1]
             elif self._is_affine_here(node, _AFFINE):
                 stack += [(n, sign * _sign(node, n)) for n in self._operands(node)]
         return found
-
-    def _ancestors(self, root: fx.Node) -> list[fx.Node]:
-        seen, stack = set(), [root]
-        while stack:
-            node = stack.pop()
-            if node not in seen and self.depends(node):
-                seen.add(node)
-                stack += node.all_input_nodes
-        return [n for n in self.graph.nodes if n in seen]
 
     def _is_affine_here(self, node: fx.Node, allowed: set[str]) -> bool:
         """Whether a node is an affine function of those of its inputs that depend on the parameters."""
@@ -158,7 +147,6 @@ class _Finder:
     def _upward(self, node: fx.Node, function: fx.Node) -> fx.Node:
         """Return z, starting from an argument of a loss function."""
         while True:
-            self.read.add(node)
             operands = self._operands(node)
             if _name(node) == "getitem" and _name(node.args[0]) == "broadcast_tensors":
                 node = node.args[0].args[0][node.args[1]]
@@ -188,23 +176,38 @@ class _Finder:
         return True
 
     def _check_writes(self, cuts: set[fx.Node]) -> None:
-        """Refuse in-place writes that use-def does not show to the nodes that were reasoned about.
-
-        A write is harmless if whatever reads that memory later does so through the result of the write.
-        """
+        """Refuse to cut where memory is written later that the value at the cut only shows (as a view of it)."""
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         bases = alias_bases(self.graph)
-        memory = {bases[node] for node in self.read | cuts}
         for writer in self.graph.nodes:
-            for base in {bases[written] for written in written_arguments(writer)} & memory:
-                stale = [n for n in self.graph.nodes if bases[n] is base and n is not writer]
-                stale = [n for n in stale if not _leads_to(writer, n)]
-                if any(order[n] > order[writer] or order[u] > order[writer] for n in stale for u in n.users):
+            written = {bases[argument] for argument in written_arguments(writer)}
+            for node in cuts:
+                if bases[node] is not node and bases[node] in written and order[writer] > order[node]:
                     raise LossError(
-                        f"problem {self.problem!r}: curvature='ggn' cannot follow the in-place {_name(writer)}_ on a "
-                        f"value between the network outputs and the loss ({base}); write it out of place, or use "
-                        "curvature='hessian'"
+                        f"problem {self.problem!r}: curvature='ggn' cannot follow the in-place {_name(writer)}_, which "
+                        f"writes to network outputs ({node}) after a loss function has read them; write it out of "
+                        "place, or use curvature='hessian'"
                     )
+
+
+def _computed_from_parameters(loss: LossGraph) -> set[fx.Node]:
+    """Return the nodes that are computed from own parameters and numbers, by no other tensor."""
+    own = set(loss.positions(InputRole.OWN))
+    found: set[fx.Node] = set()
+    position = 0
+    for node in loss.module.graph.nodes:
+        if node.op == "placeholder":
+            if position in own:
+                found.add(node)
+            position += 1
+        elif _name(node) == "lift_fresh_copy":  # a literal tensor
+            found.add(node)
+        elif node.op == "call_function":
+            sizes = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+            tensors = [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), sizes)]
+            if all(n in found for n in tensors):
+                found.add(node)
+    return found
 
 
 def _name(node: fx.Node) -> str:
@@ -242,16 +245,3 @@ def _sign(node: fx.Node, operand: fx.Node) -> int:
         factors = [a for a in node.args[:2] if isinstance(a, int | float)]
         return -1 if any(a < 0 for a in factors) else 1
     return 1
-
-
-def _leads_to(source: fx.Node, target: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    stack: list[fx.Node] = [target]
-    while stack:
-        node = stack.pop()
-        if node is source:
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
-    return False

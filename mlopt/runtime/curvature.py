@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from mlopt.errors import LossError
 
@@ -58,6 +59,10 @@ _SQUARE_ROOTS = {"LinalgVectorNorm", "Norm"}
 _Edge = tuple[Node, int]
 
 
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """A call of a loss function: its name, the node of its result, the edges of its network outputs."""
@@ -68,11 +73,20 @@ class _Call:
 
 
 class LossFunctionRecorder(TorchFunctionMode):
-    """Notes the calls of named loss functions while it is active."""
+    """Notes the calls of named loss functions while it is active, and what is computed from parameters alone.
 
-    def __init__(self) -> None:
+    Args:
+        own: The parameters theta.
+
+    Attributes:
+        calls: The calls.
+        penalties: By id, the tensors that are computed from `own` and numbers, by no other tensor.
+    """
+
+    def __init__(self, own: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.calls: list[_Call] = []
+        self.penalties = {id(p): p for p in own}
 
     def __torch_function__(
         self,
@@ -90,13 +104,22 @@ class LossFunctionRecorder(TorchFunctionMode):
             given = [*args[:count], *(kwargs[key] for key in _ARGUMENTS[len(args) : count] if key in kwargs)]
             edges = [get_gradient_edge(t) for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
             self.calls.append(_Call(name, result.grad_fn, tuple((e.node, e.output_nr) for e in edges)))
+        self._note_origin(name, _tensors((args, kwargs)), _tensors(result))
         return result
+
+    def _note_origin(self, name: str, arguments: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+        if all(id(t) in self.penalties for t in arguments):
+            self.penalties.update({id(t): t for t in results})
+            return
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        for tensor in [*results, *(arguments[:1] if in_place else ())]:
+            self.penalties.pop(id(tensor), None)
 
 
 def curvature_gradient(
     problem: str,
     loss: torch.Tensor,
-    calls: Sequence[_Call],
+    recorder: LossFunctionRecorder,
     own: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
@@ -105,14 +128,14 @@ def curvature_gradient(
     Args:
         problem: Name of the problem.
         loss: The loss g.
-        calls: The loss functions that its computation called.
+        recorder: What was noted while it was computed.
         own: The parameters theta.
         gradients: dg/dtheta, differentiable.
 
     Raises:
         LossError: No network outputs were found.
     """
-    edges = [GradientEdge(*edge) for edge in _Finder(loss, calls, own).find()]
+    edges = [GradientEdge(*edge) for edge in _Finder(loss, recorder, own).find()]
     if not edges:
         raise LossError(
             f"problem {problem!r}: curvature='ggn' needs a convex loss function of network outputs in the loss, and "
@@ -139,10 +162,10 @@ def _partial(loss: torch.Tensor, edges: Sequence[GradientEdge]) -> list[torch.Te
 class _Finder:
     """Looks for network outputs in an autograd graph, by the rules of `mlopt.autodiff.loss_functions`."""
 
-    def __init__(self, loss: torch.Tensor, calls: Sequence[_Call], own: Sequence[torch.Tensor]) -> None:
+    def __init__(self, loss: torch.Tensor, recorder: LossFunctionRecorder, own: Sequence[torch.Tensor]) -> None:
         assert loss.grad_fn is not None
         self.root = loss.grad_fn
-        self.calls = calls
+        self.calls = recorder.calls
         self.own = {id(p) for p in own}
         self.order = _topological(self.root)
         self.depends: set[Node] = set()
@@ -150,6 +173,10 @@ class _Finder:
             variable = getattr(node, "variable", None)
             if id(variable) in self.own or any(n in self.depends for n, _ in node.next_functions):
                 self.depends.add(node)
+        self.penalties: set[Node] = set()
+        for tensor in recorder.penalties.values():
+            if tensor.grad_fn is not None and tensor.grad_fn in self.depends:
+                self.penalties.update(_topological(tensor.grad_fn))
 
     def find(self) -> list[_Edge]:
         """Return the edges of z in the order of computation."""
@@ -158,7 +185,10 @@ class _Finder:
         found = {
             self._upward(edge, name) for edge, name in [*starts, *self._written_by_hand()] if edge[0] in self.depends
         }
-        return sorted((e for e in found if not self._is_affine(e[0])), key=lambda e: (position[e[0]], e[1]))
+        return sorted(
+            (e for e in found if e[0] not in self.penalties and not self._is_affine(e[0])),
+            key=lambda e: (position[e[0]], e[1]),
+        )
 
     def _operands(self, node: Node) -> list[_Edge]:
         return [(n, i) for n, i in node.next_functions if n in self.depends]

@@ -93,7 +93,7 @@ class AutogradDerivatives(AbstractDerivatives):
             gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
             curved: Sequence[torch.Tensor | None] = gradients
             if recorder is not None:
-                curved = curvature_gradient(self._problem.name, loss, recorder.calls, own, gradients)
+                curved = curvature_gradient(self._problem.name, loss, recorder, own, gradients)
         targets = {name: self._parameters(name) for name in self._needs.mixed}
         return _AutogradLinearization(own, gradients, curved, self._layouts, self._problem.name, targets)
 
@@ -118,7 +118,7 @@ class AutogradDerivatives(AbstractDerivatives):
 
     def _recorder(self) -> contextlib.AbstractContextManager[LossFunctionRecorder | None]:
         uses_ggn = self._needs.hvp and self._needs.curvature == "ggn"
-        return LossFunctionRecorder() if uses_ggn else contextlib.nullcontext()
+        return LossFunctionRecorder(self._parameters(self._problem.name)) if uses_ggn else contextlib.nullcontext()
 
     def _parameters(self, name: str) -> list[torch.Tensor]:
         return list(self._problems[name].trained_parameters().values())
