@@ -24,6 +24,7 @@ import operator
 import torch
 from torch import fx
 
+from mlopt.autodiff.split import dependents
 from mlopt.capture.normalize import alias_bases, depends_on, written_arguments
 from mlopt.capture.record import InputRole, LossGraph
 from mlopt.errors import LossError
@@ -99,7 +100,7 @@ class _Finder:
                 "squares, logsumexp, -log_softmax, -log_sigmoid, softplus, exp, abs and norms written by hand. Use one "
                 "of them, or curvature='hessian'"
             )
-        self._check_writes(curved)
+        self._check_cuts(curved)
         return [n for n in self.graph.nodes if n in curved]
 
     def _depends(self, node: fx.Node) -> bool:
@@ -175,18 +176,34 @@ class _Finder:
             stack += node.all_input_nodes
         return True
 
-    def _check_writes(self, cuts: set[fx.Node]) -> None:
-        """Refuse to cut where memory is written later that the value at the cut only shows (as a view of it)."""
+    def _check_cuts(self, cuts: set[fx.Node]) -> None:
+        """Refuse cuts that a run of the graph could not make."""
+        depth = 0
+        for node in self.graph.nodes:
+            kind = getattr(node.target, "__name__", "")
+            depth += kind.endswith("_increment_nesting") - kind.endswith("_decrement_nesting")
+            if node in cuts and depth:
+                raise LossError(
+                    f"problem {self.problem!r}: curvature='ggn' cannot be used with network outputs that are computed "
+                    "inside torch.func.vmap or another torch.func transform; call the loss function outside of it, or "
+                    "use curvature='hessian'"
+                )
         order = {node: i for i, node in enumerate(self.graph.nodes)}
         bases = alias_bases(self.graph)
-        for writer in self.graph.nodes:
-            written = {bases[argument] for argument in written_arguments(writer)}
-            for node in cuts:
-                if bases[node] is not node and bases[node] in written and order[writer] > order[node]:
+        for cut in cuts:
+            after = dependents(
+                cut
+            )  # these see a copy of the value at the cut; other aliases see what it was taken from
+            aliases = [n for n in self.graph.nodes if bases[n] is bases[cut]]
+            for writer in self.graph.nodes:
+                if order[writer] <= order[cut] or bases[cut] not in {bases[a] for a in written_arguments(writer)}:
+                    continue
+                readers = {user for n in aliases if n not in after for user in n.users} - {cut}
+                if writer not in after or any(order[reader] > order[writer] for reader in readers):
                     raise LossError(
                         f"problem {self.problem!r}: curvature='ggn' cannot follow the in-place {_name(writer)}_, which "
-                        f"writes to network outputs ({node}) after a loss function has read them; write it out of "
-                        "place, or use curvature='hessian'"
+                        f"writes to network outputs ({cut}) that are also read elsewhere; write it out of place, or "
+                        "use curvature='hessian'"
                     )
 
 

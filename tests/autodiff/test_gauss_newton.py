@@ -1,5 +1,7 @@
 """Generalized Gauss-Newton products against dense ``J^T (d2 l/dz2) J`` by `torch.func`."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import BatchStream
 from mlopt.runtime.derivatives import bind_inputs
 from mlopt.runtime.reference import AutogradDerivatives
+from tests.capture.loss_kinds import KINDS
+from tests.capture.test_loss_kinds import build
 
 N, IN, OUT = 7, 5, 3
 X = torch.randn(N, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -412,6 +416,16 @@ def test_refuses_writes_it_cannot_follow():
         compile_with(step)
 
 
+def test_refuses_cuts_inside_a_transform():
+    def step(p, x, y, t):
+        return (p.upper() * torch.func.vmap(F.cross_entropy)(p(x), y)).mean() + torch.func.vmap(torch.sum)(
+            p(x)
+        ).square().mean()
+
+    with pytest.raises(mlopt.errors.LossError, match=r"torch\.func"):
+        compile_with(step)
+
+
 def reweighted(p, x, y, t):
     return (p.upper() * F.cross_entropy(p(x), y, reduction="none")).mean()
 
@@ -459,6 +473,16 @@ def test_neumann():
     )
     got = plan.hypergradient("upper")["w"]
     torch.testing.assert_close(got, dense_hypergradient(net, weights, 0.2), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.status == "compiled"])
+def test_kinds_of_losses_are_verified_or_refused(name):
+    """With strict=True the compiled product must agree with the eager one, which finds z by itself."""
+    lower, upper = build(KINDS[name], torch.float64)
+    lower.hypergradient = mlopt.Neumann(num_terms=3, scale=0.1, curvature="ggn")
+    with contextlib.suppress(mlopt.errors.LossError):
+        plan = mlopt.compile(mlopt.Graph([lower, upper]), progress=False, strict=True)
+        plan.run(1)
 
 
 @pytest.mark.parametrize("estimator", [mlopt.CG, mlopt.Neumann])
