@@ -475,6 +475,29 @@ def test_neumann():
     torch.testing.assert_close(got, dense_hypergradient(net, weights, 0.2), rtol=1e-8, atol=1e-12)
 
 
+def test_verification_catches_a_wrong_cut(monkeypatch):
+    def hidden(loss):
+        return [n for n in loss.module.graph.nodes if "tanh" in str(n.target)][:1]
+
+    monkeypatch.setattr("mlopt.autodiff.gauss_newton.network_outputs", hidden)
+    with pytest.raises(mlopt.errors.VerificationError, match="Gauss-Newton-vector product"):
+        compile_with(reweighted, strict=True)
+
+
+def test_positive_where_the_hessian_is_not():
+    step, _ = LOSSES["cross_entropy"]
+    smallest = {c: [] for c in ("ggn", "hessian")}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = mlp()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(3)
+        for curvature, values in smallest.items():
+            values.append(torch.linalg.eigvalsh(products(step, net, curvature=curvature)).min().item())
+    assert min(smallest["ggn"]) > -1e-13 and min(smallest["hessian"]) < -1e-3
+
+
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.status == "compiled"])
 def test_kinds_of_losses_are_verified_or_refused(name):
     """With strict=True the compiled product must agree with the eager one, which finds z by itself."""
