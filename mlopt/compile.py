@@ -28,6 +28,7 @@ from mlopt.errors import (
     DataError,
     GraphError,
     IslandWarning,
+    LossError,
     MloptError,
     ProblemError,
     StructureWarning,
@@ -86,7 +87,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
     Raises:
         GraphError: Declared dependencies differ from what the losses read.
         ProblemError: The parameters of one program lie on different devices, or an estimator refuses a problem.
-        LossError: A `training_step` returns no differentiable scalar.
+        LossError: A `training_step` returns no differentiable scalar, or a loss without the structure that the
+            curvature of its estimator needs.
         CaptureError: A `training_step` cannot be captured (with ``strict``), or fails by itself.
         DataError: A problem's data is empty.
         VerificationError: With ``strict``, a derivative disagrees with plain autograd.
@@ -254,7 +256,7 @@ class Compiler:
         assert self.program is not None, "derivatives are built for a planned program"
         graphs = self._ready.pop(name, None) or self._graphs(name, batch)
         if isinstance(graphs, Island):
-            return self.autograd(name, self.program.needs[name])
+            return self._eager(name, batch, self.program.needs[name])
         start = time.perf_counter()
         derivatives = GraphDerivatives(graphs, self.backend)
         self.report.seconds["lower"] += time.perf_counter() - start
@@ -288,6 +290,8 @@ class Compiler:
         axis = self.axes[loss.problem]
         try:
             return differentiate(loss, batch, self.layouts, needs, axis)
+        except LossError:  # a loss that the estimator cannot be used with
+            raise
         except Exception:
             logger.debug("differentiating %s with free sizes failed; trying fixed ones", loss.problem, exc_info=True)
         try:  # some operations (recurrent ones on the CPU) have no derivative for symbolic sizes
@@ -349,6 +353,13 @@ class Compiler:
         self.report.islands[name] = reason
         own = reads.pop(name, ())
         return Island(name, reads, frozenset(own))
+
+    def _eager(self, name: str, batch: Batch, needs: ProductNeeds) -> AbstractDerivatives:
+        derivatives = self.autograd(name, needs)
+        if needs.hvp and needs.curvature != "hessian":  # not every loss has the others: say so now
+            with frozen_random_state(get_random_state(self.layouts[name].device)):
+                derivatives.linearize(batch)
+        return derivatives
 
     def _find_axis(self, name: str, batch: Batch) -> TaskAxis | None:
         """Find out whether a problem's loss is evaluated for several tasks: its own, or those of a problem it reads."""

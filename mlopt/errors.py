@@ -24,7 +24,7 @@ class GraphError(MloptError, ValueError):
 
 
 class LossError(MloptError, ValueError):
-    """A `training_step` returned something that is not a differentiable scalar loss."""
+    """A `training_step` returned no differentiable scalar loss, or one that the estimator cannot be used with."""
 
 
 class CaptureError(MloptError, RuntimeError):

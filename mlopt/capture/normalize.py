@@ -104,10 +104,10 @@ def depends_on(root: fx.Node, placeholders: Sequence[fx.Node]) -> set[int]:
     A dependence ends at ``detach`` (regions without gradients are captured so, too) and at values without derivative
     (integers, truth values).
     """
-    bases = _alias_bases(root.graph)
+    bases = alias_bases(root.graph)
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in root.graph.nodes:
-        for written in _written_arguments(node):
+        for written in written_arguments(node):
             writers.setdefault(bases[written], []).append(node)
     seen, stack = set(), [root]
     while stack:
@@ -132,12 +132,12 @@ def _has_derivative(node: fx.Node) -> bool:
 
 def written_placeholders(module: fx.GraphModule, placeholders: Sequence[fx.Node]) -> set[int]:
     """Return the positions of the placeholders that an in-place operation writes, directly or through a view."""
-    bases = _alias_bases(module.graph)
-    written = {bases[argument] for node in module.graph.nodes for argument in _written_arguments(node)}
+    bases = alias_bases(module.graph)
+    written = {bases[argument] for node in module.graph.nodes for argument in written_arguments(node)}
     return {i for i, p in enumerate(placeholders) if p in written}
 
 
-def _alias_bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def alias_bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Map each node to the node whose memory it shows (itself, unless it is a view or an in-place result)."""
     bases: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -154,7 +154,7 @@ def _alias_bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return bases
 
 
-def _written_arguments(node: fx.Node) -> list[fx.Node]:
+def written_arguments(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that one call writes in place, by its schema."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:

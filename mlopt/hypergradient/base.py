@@ -35,6 +35,10 @@ class AbstractEstimator(abc.ABC):
     #: None, or through how many of the last optimizer steps the plan differentiates instead of solving a system.
     unrolled_steps: int | None = None
 
+    #: What `solve` is given for H: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix of the loss,
+    #: which is positive semi-definite where the loss is a convex function of network outputs.
+    curvature: str = "hessian"
+
     #: Whether the plan hands the previous q of the same place in the program to `solve` as its first guess.
     warm_start: bool = False
 
@@ -88,3 +92,9 @@ def check_count(owner: str, argument: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{owner}, argument `{argument}`: expected an integer >= 1, got {value!r}")
+
+
+def check_curvature(owner: str, value: Any) -> None:
+    """Raise ValueError unless `value` names a curvature."""
+    if value not in ("hessian", "ggn"):
+        raise ValueError(f"{owner}, argument `curvature`: expected 'hessian' or 'ggn', got {value!r}")

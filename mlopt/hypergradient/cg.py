@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from mlopt.hypergradient.base import AbstractEstimator, check_count, check_number
+from mlopt.hypergradient.base import AbstractEstimator, check_count, check_curvature, check_number
 from mlopt.hypergradient.nystrom import Nystrom
 from mlopt.linalg import AbstractLinearOperator, DampedOperator, Solution, cg, preconditioned_cg
 
@@ -20,6 +20,9 @@ class CG(AbstractEstimator):
         rtol: Stop when ``||r|| <= rtol ||v||``.
         damping: Added to the diagonal of H. Needed where H is indefinite, as it is for networks away from a minimum.
         warm_start: Start from the previous q of the same place in the program instead of zero.
+        curvature: ``"hessian"``, or ``"ggn"`` to solve with the generalized Gauss-Newton matrix in place of H: positive
+            semi-definite for losses that are convex functions of network outputs, and cheaper per product (Martens
+            2020, arXiv 1412.1193). The mixed products stay exact.
         preconditioner: A `mlopt.Nystrom` whose sketch of H preconditions the iteration (Frangella, Tropp and Udell
             2021, arXiv 2110.02820); its ``rank`` products pay where a few eigenvalues of H are much larger than the
             rest.
@@ -29,6 +32,7 @@ class CG(AbstractEstimator):
     rtol: float = 1e-6
     damping: float = 0.0
     warm_start: bool = False
+    curvature: str = "hessian"
     preconditioner: Nystrom | None = None
 
     def __post_init__(self) -> None:
@@ -40,6 +44,7 @@ class CG(AbstractEstimator):
         check_count("CG", "max_steps", self.max_steps)
         check_number("CG", "rtol", self.rtol, positive=False)
         check_number("CG", "damping", self.damping, positive=False)
+        check_curvature("CG", self.curvature)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Nystrom):
             raise ValueError(
                 f"CG, argument `preconditioner`: expected a mlopt.Nystrom or None, got {self.preconditioner!r}"

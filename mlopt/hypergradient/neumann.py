@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from mlopt.hypergradient.base import AbstractEstimator, check_count, check_number
+from mlopt.hypergradient.base import AbstractEstimator, check_count, check_curvature, check_number
 from mlopt.linalg import AbstractLinearOperator, Solution, neumann
 
 
@@ -17,10 +17,12 @@ class Neumann(AbstractEstimator):
     Attributes:
         num_terms: K, the exact number of terms summed; K = 1 gives ``scale * v`` and costs no Hessian product.
         scale: Converges to ``H^-1 v`` if ``0 < scale < 2 / (largest eigenvalue of H)`` and H is positive definite.
+        curvature: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix in place of H; see `CG`.
     """
 
     num_terms: int = 10
     scale: float = 0.1
+    curvature: str = "hessian"
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -30,6 +32,7 @@ class Neumann(AbstractEstimator):
         """
         check_count("Neumann", "num_terms", self.num_terms)
         check_number("Neumann", "scale", self.scale, positive=True)
+        check_curvature("Neumann", self.curvature)
 
     @property
     def uses_hvp(self) -> bool:  # type: ignore[override]

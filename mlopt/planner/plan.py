@@ -21,12 +21,14 @@ class ProductNeeds:
         hvp: Whether Hessian products are used.
         mixed: Targets of exact mixed products.
         read_gradients: Targets of mixed products by finite differences.
+        curvature: What the Hessian products are products with; see `AbstractEstimator.curvature`.
     """
 
     cotangents: tuple[str, ...] = ()
     hvp: bool = False
     mixed: tuple[str, ...] = ()
     read_gradients: tuple[str, ...] = ()
+    curvature: str = "hessian"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +128,22 @@ def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
     cotangents: list[str] = []
     mixed: list[str] = []
     read_gradients: list[str] = []
-    hvp = False
+    hvp, curvature = False, "hessian"
     for instruction in (i for p in problems for i in p.instructions if i.problem == name):
         if isinstance(instruction, Gradient):
             cotangents += [r for r, _ in instruction.cotangents]
         elif isinstance(instruction, Solve):
-            hvp |= instruction.estimator.uses_hvp
+            if instruction.estimator.uses_hvp:
+                hvp, curvature = True, instruction.estimator.curvature
         elif isinstance(instruction, ReverseSteps):
             hvp = True
             mixed += [r for r, _ in instruction.targets]
         elif isinstance(instruction, MixedProduct):
             (mixed if instruction.step is None else read_gradients).extend(r for r, _ in instruction.targets)
     return ProductNeeds(
-        tuple(dict.fromkeys(cotangents)), hvp, tuple(dict.fromkeys(mixed)), tuple(dict.fromkeys(read_gradients))
+        tuple(dict.fromkeys(cotangents)),
+        hvp,
+        tuple(dict.fromkeys(mixed)),
+        tuple(dict.fromkeys(read_gradients)),
+        curvature,
     )

@@ -59,7 +59,7 @@ class AbstractLinearization(abc.ABC):
 
     @abc.abstractmethod
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
-        """Return ``H v`` [N]."""
+        """Return ``H v`` [N], or ``G v`` if the plan asks for Gauss-Newton products."""
 
     def hvps(self, rows: torch.Tensor) -> torch.Tensor:
         """Return ``H v`` for each row of [K, N]."""
@@ -216,7 +216,9 @@ def differentiate(
     single = {name: layout.of_one_task for name, layout in layouts.items()}
     linearization = read_gradient = None
     if needs.hvp or needs.mixed:
-        linearization = linearization_graphs(loss, inputs, single, hvp=needs.hvp, targets=needs.mixed)
+        linearization = linearization_graphs(
+            loss, inputs, single, hvp=needs.hvp, targets=needs.mixed, curvature=needs.curvature
+        )
     if needs.read_gradients:
         read_gradient = read_gradient_graph(loss, inputs, single, needs.read_gradients)
     gradient = gradient_graph(loss, inputs, single, needs.cotangents)

@@ -145,7 +145,8 @@ def _cost(instruction: Instruction, program: ExecutionPlan) -> str:
         return "1 forward, 1 backward"
     if isinstance(instruction, Solve):
         most = instruction.estimator.max_hvps(program[instruction.problem].size)
-        products = f"at most {_count(most, 'Hessian product')}" if most else "no Hessian product"
+        noun = "Gauss-Newton product" if instruction.estimator.curvature == "ggn" else "Hessian product"
+        products = f"at most {_count(most, noun)}" if most else f"no {noun}"
         return "1 forward, 1 backward" if instruction.estimator.uses_update else products
     if isinstance(instruction, ReverseSteps):
         n = instruction.steps

@@ -18,6 +18,7 @@ from mlopt.capture.export import check_loss, split_result
 from mlopt.capture.output import silenced
 from mlopt.planner import ProductNeeds
 from mlopt.problem import Problem
+from mlopt.runtime.curvature import LossFunctionRecorder, curvature_gradient
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, GradientResult
 from mlopt.runtime.exchange import exchanged
@@ -103,11 +104,15 @@ class AutogradDerivatives(AbstractDerivatives):
     def linearize(self, batch: Batch) -> AbstractLinearization:
         """Run `training_step`, silently, and keep its gradient differentiable."""
         with silenced(), self._buffers():
-            loss, _ = self._loss(batch)
+            with self._recorder() as recorder:
+                loss, _ = self._loss(batch)
             own = self._parameters(self._problem.name)
             gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+            curved: Sequence[torch.Tensor | None] = gradients
+            if recorder is not None:
+                curved = curvature_gradient(self._problem.name, loss, recorder, own, gradients)
         targets = {name: self._parameters(name) for name in self._needs.mixed}
-        return _AutogradLinearization(own, gradients, self._layouts, self._problem.name, targets)
+        return _AutogradLinearization(own, gradients, curved, self._layouts, self._problem.name, targets)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Set the own parameters, differentiate by what is read, put the parameters back."""
@@ -127,6 +132,10 @@ class AutogradDerivatives(AbstractDerivatives):
                 }
         finally:
             _assign(parameters, before)
+
+    def _recorder(self) -> contextlib.AbstractContextManager[LossFunctionRecorder | None]:
+        uses_ggn = self._needs.hvp and self._needs.curvature == "ggn"
+        return LossFunctionRecorder(self._parameters(self._problem.name)) if uses_ggn else contextlib.nullcontext()
 
     def _parameters(self, name: str) -> list[torch.Tensor]:
         if name in self._leaves:
@@ -170,22 +179,28 @@ class _AutogradLinearization(AbstractLinearization):
         self,
         own: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor | None],
+        curved: Sequence[torch.Tensor | None],
         layouts: Mapping[str, FlatLayout],
         problem: str,
         targets: Mapping[str, Sequence[torch.Tensor]],
     ) -> None:
-        self._own, self._gradients = own, gradients
+        self._own, self._gradients, self._curved = own, gradients, curved
         self._layouts, self._problem, self._targets = layouts, problem, targets
 
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
-        return self._product(vector, {self._problem: self._own})[self._problem]
+        return self._product(self._curved, vector, {self._problem: self._own})[self._problem]
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self._product(vector, self._targets)
+        return self._product(self._gradients, vector, self._targets)
 
-    def _product(self, vector: torch.Tensor, groups: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _product(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        vector: torch.Tensor,
+        groups: Mapping[str, Sequence[torch.Tensor]],
+    ) -> dict[str, torch.Tensor]:
         parts = self._layouts[self._problem].split(vector)
-        curved = [(g, v) for g, v in zip(self._gradients, parts, strict=True) if g is not None and g.requires_grad]
+        curved = [(g, v) for g, v in zip(gradients, parts, strict=True) if g is not None and g.requires_grad]
         wanted = [t for group in groups.values() for t in group]
         products = iter(
             torch.autograd.grad(

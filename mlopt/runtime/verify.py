@@ -165,7 +165,10 @@ def _products(
         with frozen_random_state(state):
             linearization = derivatives.linearize(batch)
         if needs.hvp:
-            yield "Hessian-vector product", linearization.hvp(vector)
+            yield (
+                f"{'Gauss-Newton' if needs.curvature == 'ggn' else 'Hessian'}-vector product",
+                linearization.hvp(vector),
+            )
         if needs.mixed:
             for name, value in linearization.mixed(vector).items():
                 yield f"mixed product with {name!r}", value
