@@ -16,7 +16,7 @@ import torch
 from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator, Dense
 from mlopt.linalg import Outcome, Solution, extreme_eigenvalues
-from mlopt.planner import MixedProduct, ProductNeeds, Solve, plan_program
+from mlopt.planner import MixedProduct, ProductNeeds, ReverseSteps, Solve, plan_program
 from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, MeanLinearization
 from mlopt.runtime.exchange import exchanged
 from mlopt.runtime.execute import Executor, Pass
@@ -40,7 +40,7 @@ class EdgeCheck:
         upper: The problem whose hypergradient it is.
         lower: The problem whose optimum is differentiated.
         estimator: How.
-        num_steps: Iterations of the solve.
+        num_steps: Iterations of the solve; for an unroll, the steps differentiated at most.
         residual: True relative residual ``||H q - v|| / ||v||`` (no damping), by an exact product.
         cosine: Between the contribution ``(d2g/dlambda dtheta)^T q`` and that of the reference.
         error: Relative error of that contribution.
@@ -182,7 +182,8 @@ def check(graph: Graph, executor: Executor, reference: Reference) -> Report:
 
 def _lowers(executor: Executor) -> list[str]:
     """Return the problems whose optimum some hypergradient differentiates."""
-    used = {i.problem for p in executor.plan.problems for i in p.instructions if isinstance(i, Solve)}
+    kinds = Solve | ReverseSteps
+    used = {i.problem for p in executor.plan.problems for i in p.instructions if isinstance(i, kinds)}
     return [p.name for p in executor.plan.problems if p.name in used]
 
 
@@ -217,30 +218,37 @@ def _check_edges(
     found = []
     solves = {i.out: i for i in executor.plan[upper].instructions if isinstance(i, Solve)}
     for instruction in executor.plan[upper].instructions:
-        if not isinstance(instruction, MixedProduct):
+        if not isinstance(instruction, MixedProduct | ReverseSteps):
             continue
-        solve = solves[instruction.vector]
-        lower, v, q = solve.problem, run.slots[solve.rhs], run.slots[solve.out]
+        lower, targets = instruction.problem, [r for r, _ in instruction.targets]
         linearization = exact.linearize(lower)
-        operator = exact.operator(lower, linearization)
-        solver = exact.plan[lower].estimator
+        solver, estimator = exact.plan[lower].estimator, executor.plan[lower].estimator
+        residual, num_steps = float("nan"), estimator.unrolled_steps or 0
+        if isinstance(instruction, MixedProduct):
+            solve = solves[instruction.vector]
+            v, q = run.slots[solve.rhs], run.slots[solve.out]
+            num_steps = int(run.solutions[solve.out].num_steps.max())
+            with torch.no_grad():
+                residual = _ratio(linearization.hvp(q) - v, v)
+            got = _contribution(linearization, q, targets)
+            if instruction.step is not None:  # the product itself is an estimate, too
+                got = _flat({r: t for r, t in executor.mixed_products(instruction, run).items() if r in targets})
+        else:
+            v = run.slots[instruction.rhs]
+            got = -_flat(executor.reverse_steps(instruction, run))
         with torch.no_grad():
-            truth = solver.solve(operator, v, None)
-            remainder = linearization.hvp(q) - v
-        targets = [r for r, _ in instruction.targets]
-        got, expected = _contribution(linearization, q, targets), _contribution(linearization, truth.value, targets)
-        if instruction.step is not None:  # the product itself is an estimate, too
-            got = _flat({r: t for r, t in executor.mixed_products(instruction, run).items() if r in targets})
-        known = _is_known(truth)
+            truth = solver.solve(exact.operator(lower, linearization), v, None)
+        expected = _contribution(linearization, truth.value, targets)
+        known = _is_known(truth) and not _learns_settings(executor, lower)
         smallest, largest = extremes[lower]
         gradient = exact.own_gradient(lower)
         found.append(
             EdgeCheck(
                 upper=upper,
                 lower=lower,
-                estimator=solve.estimator,
-                num_steps=int(run.solutions[solve.out].num_steps.max()),
-                residual=_ratio(remainder, v),
+                estimator=estimator,
+                num_steps=num_steps,
+                residual=residual,
                 cosine=_cosine_of(got, expected) if known else float("nan"),
                 error=_ratio(got - expected, expected) if known else float("nan"),
                 smallest=smallest,
@@ -250,6 +258,11 @@ def _check_edges(
             )
         )
     return found
+
+
+def _learns_settings(executor: Executor, name: str) -> bool:
+    """Whether settings of a problem's optimizer are learned: an optimum does not depend on them."""
+    return any(executor.problems[name].hyperparameters_by_group())
 
 
 def _contribution(linearization: AbstractLinearization, q: torch.Tensor, targets: list[str]) -> torch.Tensor:
@@ -280,6 +293,7 @@ def _check_total(
     lowers = {i.problem for i in exact.plan[name].instructions if isinstance(i, Solve)}
     drift = float("nan")
     known = all(_is_known(solution) for solution in truth.solutions.values())
+    known = known and not any(_learns_settings(executor, lower) for lower in lowers)
     steps = {lower: _newton_step(lower, exact) if extremes[lower][0] > 0 else None for lower in lowers}
     if steps and all(step is not None for step in steps.values()):
         with _moved(exact, {lower: step for lower, step in steps.items() if step is not None}):

@@ -132,3 +132,31 @@ def test_large_problems_are_checked_by_conjugate_gradients(monkeypatch):
         (edge,) = (report := mlopt.compile(mlopt.Graph(list(ps.values())), progress=False).check()).edges
         assert edge.reference == reference
         assert (edge.error < 1e-6) if reference != "none" else math.isnan(edge.error + report.hypergradients[0].error)
+
+
+def test_unrolled_and_adaptive_estimates():
+    """Many steps of gradient descent on a quadratic come near the implicit gradient; few do not."""
+    errors = []
+    for steps in (2, 200):
+        plan, _ = quadratic(mlopt.Unroll(steps), warmup_steps=1000)
+        plan.run(steps)
+        (edge,) = (report := plan.check()).edges
+        assert edge.num_steps == steps
+        assert math.isnan(edge.residual)
+        assert "Unroll(steps=" in str(report)
+        errors.append(edge.error)
+    assert errors[0] > 0.1
+    assert errors[1] < 1e-3
+    plan, _ = quadratic(mlopt.SAMA())
+    assert 0 < plan.check().edges[0].error < 10
+
+
+def test_learned_settings_have_no_implicit_reference():
+    from tests.hypergradient.test_unroll import tuned
+
+    graph, *_ = tuned(lambda p: torch.optim.SGD(p, lr=1.0))
+    plan = mlopt.compile(graph, progress=False)
+    plan.run(3)
+    report = plan.check()
+    assert math.isnan(report.hypergradients[0].error)
+    assert report.hypergradients[0].indirect > 0
