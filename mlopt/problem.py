@@ -42,7 +42,7 @@ class Problem:
             each starts over by itself when it ends.
         scheduler: Optional learning-rate scheduler; its ``step()`` is called after each optimizer step.
         hypergradient: How the derivative of this problem's optimum is estimated when a problem above it asks for a
-            hypergradient: `mlopt.CG`, `mlopt.Neumann`, `mlopt.FiniteDifference` or a subclass of
+            hypergradient: `mlopt.CG`, `mlopt.Neumann`, `mlopt.Unroll`, ... or a subclass of
             `mlopt.AbstractEstimator`. Default: ``mlopt.CG()``.
         unroll_steps: Optimizer steps this problem makes between two steps of a problem above it.
         warmup_steps: Optimizer steps this problem makes before any problem above it steps for the first time.
