@@ -227,7 +227,7 @@ class Graph:
                     f"problem {name!r} shapes the loss of {', '.join(map(repr, below))} but its own loss reads none of "
                     "the problems below it: its hypergradient is its direct gradient only",
                     StructureWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
 
