@@ -75,5 +75,6 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
             compiler.derive(name, compiler.streams[name].peek())
             bar.update()
     compiler.backend.seal()
-    executor = Executor(program, graph.problems, compiler.layouts, compiler.derive, compiler.streams)
+    seen = {name: compiler.seen(name) for name in graph.problems}
+    executor = Executor(program, graph.problems, compiler.layouts, compiler.derive, compiler.streams, seen=seen)
     return Plan(graph, program, executor, compiler.report, compiler.autograd)

@@ -91,6 +91,13 @@ class Compiler:
         warn_about_unreached(self.program, problems, {n: loss.used_own for n, loss in self.losses.items()})
         return self.program
 
+    def seen(self, name: str) -> list[str]:
+        """Return the other problems whose tensors a problem's step may depend on, in order."""
+        loss = self.losses[name]
+        assert self.program is not None
+        found = loss.seen_problems() | {*self.program[name].reads} if isinstance(loss, LossGraph) else None
+        return [other for other in self.graph.problems if other != name and (found is None or other in found)]
+
     def differentiate(self, name: str) -> None:
         """Build the graphs of a problem for its first batch."""
         self._ready[name] = self._graphs(name, self.streams[name].peek())

@@ -86,6 +86,8 @@ class Executor:
         layouts: Their flat layouts.
         derive: Gives the derivatives of a problem that are valid for a batch.
         streams: Their batches.
+        seen: For each problem, the others whose tensors its step depends on in any way (default: what its loss has
+            derivatives for); their past values are needed to make a step again.
         quiet: Do not warn of solves that end badly.
     """
 
@@ -97,6 +99,7 @@ class Executor:
         derive: Derive,
         streams: Mapping[str, BatchStream],
         *,
+        seen: Mapping[str, Sequence[str]] | None = None,
         quiet: bool = False,
     ) -> None:
         self.plan = plan
@@ -108,7 +111,9 @@ class Executor:
         self._quiet = quiet
         self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
         self._histories = {
-            i.problem: History(problems[i.problem], [problems[r] for r in plan[i.problem].reads], i.steps)
+            i.problem: History(
+                problems[i.problem], [problems[r] for r in (seen or {}).get(i.problem, plan[i.problem].reads)], i.steps
+            )
             for i in sorted(
                 (i for p in plan.problems for i in p.instructions if isinstance(i, ReverseSteps)), key=lambda i: i.steps
             )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import mlopt
+from mlopt.runtime import unroll
 from tests.helpers.bilevel import compiled, data, make
 from tests.helpers.double_backward import flat
 from tests.helpers.quadratics import program
@@ -185,30 +186,49 @@ def test_clipping_and_schedule_are_differentiated():
     assert (got - expected).norm() <= 1e-9 * expected.norm()
 
 
+class Detached(mlopt.Problem):
+    """The weights enter with and without derivative."""
+
+    def training_step(self, batch):
+        x, y = batch
+        losses = F.cross_entropy(self.module(x), y, reduction="none")
+        return (self.reweight(x[:, :1]).squeeze(1) * losses).mean() * self.other.module.weight.detach().exp().sum()
+
+
+class Other(mlopt.Problem):
+    def training_step(self, batch):
+        return (self.module.weight - 1).square().sum()
+
+
+def test_unrolled_steps_see_the_past_values_of_everything():
+    """Also of a problem that no derivative leads to, and that moves with every step."""
+    torch.manual_seed(0)
+    lower, upper = make(classifier=Detached, dtype=torch.float64, sizes=(12,) * 6, hypergradient=mlopt.Unroll(5))
+    net = nn.Linear(1, 1, bias=False).double()
+    other = Other("other", module=net, optimizer=optim.SGD(net.parameters(), lr=0.2))
+    lower.warmup_steps = 100
+    plan = mlopt.compile(mlopt.Graph([other, lower, upper]), progress=False, strict=True)
+    assert plan.graph.reads("classifier").keys() == {"reweight"}
+    plan.run(5)
+    replayed(plan, lower)
+
+
+def replayed(plan, problem):
+    """Make the recorded steps again: they end in the present parameters."""
+    executor, history = plan._executor, plan._executor._histories[problem.name]
+    first, _, state = history.segments(10**6)[0]
+    reversal = unroll.Reversal(problem, executor.problems, executor.layouts, history, executor, lambda g: g)
+    for number in range(first, history.end):
+        state = reversal._advance(history[number], state)
+    for p, value in zip(problem.module.parameters(), state.parameters, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-13)
+
+
 def test_unroll_through_upper_steps():
     """More steps than between two upper steps: every step is made again with the upper parameters it had."""
-    plan, lower, upper = compiled(dtype=torch.float64, sizes=(12,) * 9, unroll_steps=2, hypergradient=mlopt.Unroll(6))
+    plan, lower, _ = compiled(dtype=torch.float64, sizes=(12,) * 9, unroll_steps=2, hypergradient=mlopt.Unroll(6))
     plan.run(7)
-    history = plan._executor._histories["classifier"]
-    reached = {}
-    original = history.segments
-
-    def segments(count):
-        reached["end"] = original(count)
-        return reached["end"]
-
-    history.segments = segments
-    plan.hypergradient("reweight")
-    first, end, state = reached["end"][-1]
-    from mlopt.runtime.unroll import Reversal
-
-    executor = plan._executor
-    reversal = Reversal(lower, executor.problems, executor.layouts, history, executor, lambda g: g)
-    for number in range(first, end):
-        state = reversal._advance(history[number], state)
-    for p, value in zip(lower.module.parameters(), state.parameters, strict=True):
-        torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-13)
-    del upper
+    replayed(plan, lower)
 
 
 def test_every_level():
@@ -347,7 +367,6 @@ def live_bytes():
 
 def test_memory_grows_with_the_square_root_of_the_steps(monkeypatch):
     """Peak of live tensors above what the program itself needs, at 100 steps against 10."""
-    from mlopt.runtime import unroll
 
     class Cheap(mlopt.Problem):
         def training_step(self, batch):
