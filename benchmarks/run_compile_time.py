@@ -40,7 +40,9 @@ def main() -> None:
     for stage, seconds in report.seconds.items():
         print(f"  {stage:<24}{seconds:6.1f} s")
     for name, captures in report.graphs.items():
-        print(f"  {name}: {captures[0]}")
+        graphs = captures[0].graphs.modules()
+        calls = {k: sum(n.op == "call_function" for n in m.graph.nodes) for k, m in graphs.items()}
+        print(f"  {name}: " + ", ".join(f"{k} {count} calls" for k, count in calls.items()))
     guard = plan._executor._derive.__self__.guard  # type: ignore[attr-defined]
     start = time.perf_counter()
     for _ in range(200):
