@@ -1,7 +1,7 @@
 // Every op of the extension: the table of contents of the native side.
 //
-// Tensors are [N] or [K, N]; per-row scalars are [] or [K]. A trailing underscore marks an op that writes its inputs,
-// which the schema declares. Semantics are documented at the Python wrappers, mlopt/ops/.
+// A trailing underscore marks an op that writes its inputs, which the schema declares. Semantics and shapes are
+// documented at the Python wrappers, mlopt/ops/.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
@@ -15,6 +15,27 @@ TORCH_LIBRARY(mlopt, m) {
   m.def("cg_step_(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor ap, Tensor(d!) state) -> ()");
   m.def("neumann_step_(Tensor(a!) v, Tensor(b!) acc, Tensor av, float scale) -> ()");
   m.def("perturb(Tensor x, Tensor direction, Tensor step) -> Tensor");
+
+  // glm; a result that belongs to a bias is of size 0 where there is no bias
+  m.def("glm_matmul(Tensor x, Tensor w, Tensor? bias) -> Tensor");
+  m.def("glm_matmul_t(Tensor x, Tensor r, bool bias) -> (Tensor, Tensor)");
+  m.def(
+      "glm_hvp(Tensor x, Tensor v, Tensor? v_bias, str kind, Tensor curvature, Tensor? weights, Tensor? reg, "
+      "Tensor? reg_bias) -> (Tensor, Tensor)");
+  m.def(
+      "glm_gradient(Tensor x, Tensor w, Tensor? bias, str loss, Tensor targets, Tensor? weights) "
+      "-> (Tensor loss, Tensor dw, Tensor dbias, Tensor probabilities)");
+  m.def(
+      "glm_cg(Tensor x, Tensor b, Tensor? b_bias, Tensor? q0, Tensor? q0_bias, str kind, Tensor curvature, "
+      "Tensor? weights, Tensor? reg, Tensor? reg_bias, float damping, float rtol, int max_steps) "
+      "-> (Tensor q, Tensor q_bias, Tensor state)");
+  m.def(
+      "glm_neumann(Tensor x, Tensor b, Tensor? b_bias, str kind, Tensor curvature, Tensor? weights, Tensor? reg, "
+      "Tensor? reg_bias, float damping, float scale, int num_terms) -> (Tensor q, Tensor q_bias, Tensor ratio)");
+  m.def(
+      "glm_gd(Tensor x, Tensor w, Tensor? bias, Tensor? velocity, Tensor? velocity_bias, str loss, Tensor targets, "
+      "Tensor? weights, Tensor? reg, Tensor? reg_bias, float lr, float momentum, int num_steps) "
+      "-> (Tensor w, Tensor bias, Tensor velocity, Tensor velocity_bias, Tensor losses)");
 }
 
 namespace {
@@ -43,6 +64,7 @@ void refuse_gradients_and_count_writes(const c10::OperatorHandle& op, c10::Dispa
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mlopt, Autograd, m) {
-  for (const char* op : {"dot", "norm", "cg_step_", "neumann_step_", "perturb"})
+  for (const char* op : {"dot", "norm", "cg_step_", "neumann_step_", "perturb", "glm_matmul", "glm_matmul_t", "glm_hvp",
+                         "glm_gradient", "glm_cg", "glm_neumann", "glm_gd"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients_and_count_writes>());
 }

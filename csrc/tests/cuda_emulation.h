@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the host, to test their logic where there is no GPU.
 //
 // A kernel compiles as an ordinary function. Its blocks run one after another; the threads of a block run as fibers
-// (ucontext) that switch at __syncthreads. That checks indexing, tails, reductions and the placement of barriers: a
-// block whose threads wait at different barriers, or of which some end while others wait, is an error. It cannot check
-// races inside a warp, memory ordering, or speed. Under AddressSanitizer it finds accesses out of bounds.
+// (ucontext) that switch at __syncthreads and at shuffles. That checks indexing, tails, reductions and the placement of
+// barriers: a block whose threads wait at different barriers, or of which some end while others wait, is an error. It
+// cannot check races inside a warp, memory ordering, or speed. Under AddressSanitizer it finds accesses out of bounds.
 #pragma once
 
 #include <ucontext.h>
@@ -20,6 +20,8 @@
 #define __host__
 #define __shared__ static  // blocks run one at a time, so one copy serves
 #define __syncthreads() mlopt::emulation::wait_at_barrier(__FILE__, __LINE__)
+// Stricter than on a device: all threads of a block must meet at a shuffle, not only those of a warp.
+#define __shfl_xor_sync(mask, value, lane) mlopt::emulation::shuffle_xor(value, lane, __FILE__, __LINE__)
 #define MLOPT_LAUNCH(kernel, grid, block, stream, ...) \
   (static_cast<void>(stream), mlopt::emulation::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
 
@@ -55,6 +57,16 @@ inline void wait_at_barrier(const char* file, int line) {
   current->file = file;
   current->line = line;
   swapcontext(&current->context, &scheduler);
+}
+
+template <typename T>
+T shuffle_xor(T value, int lane, const char* file, int line) {
+  static T values[1024];
+  values[threadIdx.x] = value;
+  wait_at_barrier(file, line);
+  const T other = values[threadIdx.x ^ static_cast<unsigned>(lane)];
+  wait_at_barrier(file, line);  // the next shuffle writes `values`
+  return other;
 }
 
 inline void enter() {

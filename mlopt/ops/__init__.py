@@ -1,19 +1,44 @@
 """Vector operations of the solvers: native kernels where they are built, plain torch otherwise.
 
-`library.py` loads the extension, `vector.py` holds the public functions, `reference/` their plain-torch twins. This
-package knows nothing of operators, solvers or problems.
+`library.py` loads the extension; `vector.py` (updates of solvers' vectors) and `glm.py` (losses that read parameters
+through ``X @ W``) hold the public functions, `reference/` their plain-torch twins. This package knows nothing of
+operators, solvers or problems.
 """
 
+from mlopt.ops.glm import (
+    GlmDescent,
+    GlmGradient,
+    GlmSeries,
+    GlmSolve,
+    glm_cg,
+    glm_gd,
+    glm_gradient,
+    glm_hvp,
+    glm_matmul,
+    glm_matmul_t,
+    glm_neumann,
+)
 from mlopt.ops.library import available, build_config
 from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, is_native, neumann_step_, norm, perturb
 
 __all__ = [
     "CgState",
+    "GlmDescent",
+    "GlmGradient",
+    "GlmSeries",
+    "GlmSolve",
     "available",
     "build_config",
     "cg_init",
     "cg_step_",
     "dot",
+    "glm_cg",
+    "glm_gd",
+    "glm_gradient",
+    "glm_hvp",
+    "glm_matmul",
+    "glm_matmul_t",
+    "glm_neumann",
     "is_native",
     "neumann_step_",
     "norm",
