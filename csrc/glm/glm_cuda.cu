@@ -242,5 +242,6 @@ const char* glm_descent_cuda(const GlmDescent<T>& q, mlopt_stream stream) {
   template const char* glm_descent_cuda<T>(const GlmDescent<T>&, mlopt_stream);
 MLOPT_INSTANTIATE(float)
 MLOPT_INSTANTIATE(double)
+#undef MLOPT_INSTANTIATE
 
 }  // namespace mlopt

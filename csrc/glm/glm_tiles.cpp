@@ -42,7 +42,7 @@ struct Lanes {
     return total;
   }
 };
-#include "glm_tiles.inc"
+#include "glm_tile_loops.h"
 #undef MLOPT_TARGET
 }  // namespace portable
 
@@ -89,7 +89,7 @@ struct Lanes<double> {
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
   }
 };
-#include "glm_tiles.inc"
+#include "glm_tile_loops.h"
 #undef MLOPT_INLINE
 #undef MLOPT_TARGET
 }  // namespace avx2
@@ -137,7 +137,7 @@ struct Lanes<double> {
     return (half[0] + half[2]) + (half[1] + half[3]);
   }
 };
-#include "glm_tiles.inc"
+#include "glm_tile_loops.h"
 #undef MLOPT_INLINE
 #undef MLOPT_TARGET
 }  // namespace avx512

@@ -1,20 +1,10 @@
 // The CPU kernels of the family `vector` against plain loops, serial and threaded.
-#include <algorithm>
-#include <thread>
-
 #include "check.h"
+#include "thread_pool.h"
 #include "vector_cases.h"
 
 namespace mlopt::testing {
 namespace {
-
-void thread_pool(int64_t size, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  const int64_t parts = std::min<int64_t>(4, size / std::max<int64_t>(grain, 1) + 1);
-  std::vector<std::thread> threads;
-  for (int64_t k = 0; k < parts; ++k)
-    threads.emplace_back([=] { body(context, size * k / parts, size * (k + 1) / parts); });
-  for (auto& t : threads) t.join();
-}
 
 template <typename T>
 constexpr double kTolerance = sizeof(T) == 4 ? 2e-6 : 1e-14;

@@ -33,7 +33,7 @@ def run(program, *arguments):
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["test_vector", "test_vector_cuda"])
+@pytest.mark.parametrize("name", ["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda"])
 @pytest.mark.parametrize("flags", [(), SANITIZE], ids=["plain", "asan"])
 def test_kernels(tmp_path, name, flags):
     """CPU kernels against plain loops; CUDA kernels, emulated on the host, against the CPU kernels."""

@@ -1,10 +1,9 @@
-// The tiles for one instruction set. Included by glm_tiles.cpp with
-//   MLOPT_TARGET      the function attribute that enables the instruction set
-//   Lanes<T>          Reg, kLanes, load, load_part, set, store, fma, sum (see there)
-//   kTile             rows (forward) or vectors of features (backward) per tile
-//   kTileColumns      columns per tile; kTile * kTileColumns accumulators, kTile operands and one more must fit the
-//                     registers
-// in scope.
+// The tiles for one instruction set. No include guard: glm_tiles.cpp includes it once per instruction set, inside a
+// namespace that defines
+//   MLOPT_TARGET   the function attribute that enables the instruction set
+//   Lanes<T>       Reg, kLanes, load, load_part, set, store, fma, sum
+//   kTile          rows (forward) or vectors of features (backward) per tile
+//   kTileColumns   columns per tile; kTile * kTileColumns accumulators, kTile operands and one more fit the registers
 
 template <typename T, int kRows, int kColumns>
 MLOPT_TARGET void forward_tile(const T* x, int64_t features, const T* v, int64_t stride, T* u, int64_t columns) {
@@ -41,7 +40,7 @@ MLOPT_TARGET void forward_tile(const T* x, int64_t features, const T* v, int64_t
     for (int c = 0; c < kColumns; ++c) u[i * columns + c] = L::sum(acc[i][c]);
 }
 
-// kVectors vectors of features, or fewer than one where `part` (the number of features left) is positive.
+// kVectors vectors of features or, if kPart, the `part` features that are left.
 template <typename T, int kVectors, int kColumns, bool kPart>
 MLOPT_TARGET void backward_tile(const T* x, int64_t rows, int64_t features, const T* u, int64_t columns, T* acc_out,
                                 int64_t stride, int64_t part) {
@@ -74,8 +73,7 @@ MLOPT_TARGET void forward_columns(const T* x, int64_t rows, int64_t features, co
   int64_t i = 0;
   for (; i + kTile <= rows; i += kTile)
     forward_tile<T, kTile, kColumns>(x + i * features, features, v, stride, u + i * columns, columns);
-  for (; i < rows; ++i)
-    forward_tile<T, 1, kColumns>(x + i * features, features, v, stride, u + i * columns, columns);
+  for (; i < rows; ++i) forward_tile<T, 1, kColumns>(x + i * features, features, v, stride, u + i * columns, columns);
 }
 
 template <typename T, int kColumns>
@@ -92,18 +90,30 @@ MLOPT_TARGET void backward_columns(const T* x, int64_t rows, int64_t features, c
 }
 
 // Cuts the columns into tiles of nearly equal width: ten are five and five, not six and four.
-#define MLOPT_FOR_COLUMN_TILES(call)                                                       \
-  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;                       \
-  for (int64_t k = 0; k < tiles; ++k) {                                                    \
-    const int64_t first = columns * k / tiles, width = columns * (k + 1) / tiles - first;  \
-    switch (width) {                                                                       \
-      case 1: call(1); break;                                                              \
-      case 2: call(2); break;                                                              \
-      case 3: call(3); break;                                                              \
-      case 4: call(4); break;                                                              \
-      case 5: call(5); break;                                                              \
-      default: call(6); break;                                                             \
-    }                                                                                      \
+#define MLOPT_FOR_COLUMN_TILES(call)                                                      \
+  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;                      \
+  for (int64_t k = 0; k < tiles; ++k) {                                                   \
+    const int64_t first = columns * k / tiles, width = columns * (k + 1) / tiles - first; \
+    switch (width) {                                                                      \
+      case 1:                                                                             \
+        call(1);                                                                          \
+        break;                                                                            \
+      case 2:                                                                             \
+        call(2);                                                                          \
+        break;                                                                            \
+      case 3:                                                                             \
+        call(3);                                                                          \
+        break;                                                                            \
+      case 4:                                                                             \
+        call(4);                                                                          \
+        break;                                                                            \
+      case 5:                                                                             \
+        call(5);                                                                          \
+        break;                                                                            \
+      default:                                                                            \
+        call(6);                                                                          \
+        break;                                                                            \
+    }                                                                                     \
   }
 
 template <typename T>

@@ -1,0 +1,93 @@
+// The CUDA kernels of the family `glm`, run under emulation, against the CPU kernels.
+#define MLOPT_CUDA_EMULATION
+#include "../glm/glm_cuda.cu"
+#include "../vector/vector_cuda.cu"
+#include "check.h"
+#include "glm_cases.h"
+
+namespace mlopt::testing {
+namespace {
+
+template <typename T>
+constexpr double kTolerance = sizeof(T) == 4 ? 1e-4 : 1e-12;
+
+template <typename T>
+void check_close(const std::vector<T>& got, const std::vector<T>& expected) {
+  for (size_t i = 0; i < got.size(); ++i) CHECK_NEAR(got[i], expected[i], kTolerance<T>);
+}
+
+template <typename T>
+void test_product(const GlmShape& shape, int64_t chunk_rows) {
+  for (const auto function : {kGlmDiagonal, kGlmSoftmax, kGlmLogistic, kGlmSoftmaxIndex, kGlmSoftmaxDense}) {
+    if (glm_is_loss(function) && shape.rhs != 1) continue;
+    if (function != kGlmSoftmax && shape.rows > 32) continue;  // fibers are slow
+    GlmCase<T> expected(shape, chunk_rows), got(shape, chunk_rows);
+    glm_product_cpu(expected.product(function), serial_for);
+    CHECK(glm_product_cuda(got.product(function), nullptr) == nullptr);
+    check_close(got.out, expected.out);
+    check_close(got.z, expected.z);
+    if (glm_is_loss(function)) check_close(got.losses, expected.losses);
+  }
+  for (const bool forward : {true, false}) {
+    GlmCase<T> expected(shape, chunk_rows), got(shape, chunk_rows);
+    auto q = expected.product(kGlmIdentity), r = got.product(kGlmIdentity);
+    q.forward = r.forward = forward;
+    q.backward = r.backward = !forward;
+    q.diagonal = r.diagonal = nullptr;
+    glm_product_cpu(q, serial_for);
+    glm_product_cuda(r, nullptr);
+    check_close(got.z, expected.z);
+    check_close(got.out, expected.out);
+  }
+}
+
+template <typename T>
+void test_loops() {
+  const GlmShape several{2, 2, 40, 9, 3, true}, one{2, 1, 40, 9, 3, true};
+  GlmCase<T> expected(several, 32), got(several, 32);
+  std::vector<T> q, q2;
+  glm_cg_cpu(expected.cg(4, q), serial_for);
+  CHECK(glm_cg_cuda(got.cg(4, q2), nullptr) == nullptr);
+  check_close(q2, q);
+  check_close(got.state, expected.state);
+
+  auto term = expected.v, term2 = term, acc = term, acc2 = term;
+  auto product = expected.product(kGlmSoftmax), product2 = got.product(kGlmSoftmax);
+  product.v = term.data();
+  product2.v = term2.data();
+  glm_neumann_cpu<T>({product, term.data(), acc.data(), T(0.1), 4}, serial_for);
+  CHECK(glm_neumann_cuda<T>({product2, term2.data(), acc2.data(), T(0.1), 4}, nullptr) == nullptr);
+  check_close(acc2, acc);
+  check_close(term2, term);
+
+  GlmCase<T> a(one, 32), b(one, 32);
+  auto velocity = a.v, velocity2 = velocity, w = a.v, w2 = w;
+  std::vector<T> losses(3 * one.tasks), losses2(3 * one.tasks);
+  product = a.product(kGlmSoftmaxIndex);
+  product2 = b.product(kGlmSoftmaxIndex);
+  product.v = w.data();
+  product2.v = w2.data();
+  glm_descent_cpu<T>({product, w.data(), velocity.data(), losses.data(), T(0.1), T(0.9), 3}, serial_for);
+  CHECK(glm_descent_cuda<T>({product2, w2.data(), velocity2.data(), losses2.data(), T(0.1), T(0.9), 3}, nullptr) ==
+        nullptr);
+  check_close(w2, w);
+  check_close(velocity2, velocity);
+  check_close(losses2, losses);
+}
+
+template <typename T>
+void run() {
+  for (const auto& shape : kGlmShapes) {
+    if (shape.rows <= 100) test_product<T>(shape, 32);
+  }
+  test_loops<T>();
+}
+
+}  // namespace
+}  // namespace mlopt::testing
+
+int main() {
+  mlopt::testing::run<float>();
+  mlopt::testing::run<double>();
+  std::puts("glm, CUDA kernels under emulation: ok");
+}
