@@ -20,6 +20,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mlopt.capture.backward import hooked_parameters, watching_backward
 from mlopt.capture.batch import BatchSpec
 from mlopt.capture.guard import ShapeGuard
 from mlopt.capture.normalize import (
@@ -106,7 +107,7 @@ class _LossModule(nn.Module):
         try:
             batch = self._spec.unflatten(tensors[: self._num_tensors])
             before = _buffers(self)
-            with listening() as listener:
+            with listening() as listener, watching_backward() as watcher:
                 result = problem.training_step(batch)
             replaced = [name for name, buffer in _buffers(self).items() if before.get(name) is not buffer]
             if replaced:  # torch.export would lose the write
@@ -119,6 +120,8 @@ class _LossModule(nn.Module):
                     f"problem {problem.name!r}: its training_step prints or logs, and a captured one runs only once\n"
                     f"  at {listener.line}"
                 )
+            if watcher.found is not None:
+                raise _own_backward_error(problem, watcher.found)
             loss, metrics = split_result(problem.name, result)
             check_loss(problem.name, loss)
         except MloptError as error:
@@ -137,6 +140,14 @@ class _LossModule(nn.Module):
             else:
                 seen.constant_metrics[name] = value
         return loss.reshape(()), *outputs
+
+
+def _own_backward_error(problem: Problem, what: str) -> CaptureError:
+    return CaptureError(
+        f"problem {problem.name!r}: its training_step uses {what}\n"
+        "  A captured graph has the derivative of the forward and would not run it. Written with plain tensor "
+        "operations (x + (x.round() - x).detach(), say, for a straight-through rounding) it can be captured."
+    )
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -255,6 +266,9 @@ def _to_record(
     for i in sorted(used):
         if inputs[i].role is InputRole.READ:
             reads.setdefault(inputs[i].problem, []).append(inputs[i].name)
+    hooked = hooked_parameters(inputs[i] for i in sorted(used))
+    if hooked:
+        raise _own_backward_error(problem, f"the parameter {hooked[0]}, which has a gradient hook")
     for i in sorted(written_placeholders(module, placeholders)):
         if inputs[i].role not in (InputRole.BUFFER, InputRole.BATCH):
             raise ProblemError(
