@@ -5,8 +5,9 @@ decides nothing about levels: which problem reads which parameters is recorded a
 `mlopt.graph` draws the conclusions.
 """
 
+from mlopt.capture.attributes import ReadAttribute
 from mlopt.capture.batch import BatchSpec, flatten_batch
 from mlopt.capture.export import capture_loss
 from mlopt.capture.record import GraphInput, InputRole, LossGraph
 
-__all__ = ["BatchSpec", "GraphInput", "InputRole", "LossGraph", "capture_loss", "flatten_batch"]
+__all__ = ["BatchSpec", "GraphInput", "InputRole", "LossGraph", "ReadAttribute", "capture_loss", "flatten_batch"]

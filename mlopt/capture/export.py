@@ -20,6 +20,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mlopt.capture.attributes import ReadAttribute, recording_attributes
 from mlopt.capture.backward import hooked_parameters, watching_backward
 from mlopt.capture.batch import BatchSpec
 from mlopt.capture.guard import ShapeGuard
@@ -87,6 +88,7 @@ class _Seen:
         self.metric_names: list[str] = []
         self.numbers: set[str] = set()
         self.constant_metrics: dict[str, object] = {}
+        self.attributes: tuple[ReadAttribute, ...] = ()
 
 
 class _LossModule(nn.Module):
@@ -107,7 +109,7 @@ class _LossModule(nn.Module):
         try:
             batch = self._spec.unflatten(tensors[: self._num_tensors])
             before = _buffers(self)
-            with listening() as listener, watching_backward() as watcher:
+            with listening() as listener, watching_backward() as watcher, recording_attributes() as recorder:
                 result = problem.training_step(batch)
             replaced = [name for name, buffer in _buffers(self).items() if before.get(name) is not buffer]
             if replaced:  # torch.export would lose the write
@@ -120,6 +122,7 @@ class _LossModule(nn.Module):
                     f"problem {problem.name!r}: its training_step prints or logs, and a captured one runs only once\n"
                     f"  at {listener.line}"
                 )
+            seen.attributes = recorder.unchanged()
             if watcher.found is not None:
                 raise _own_backward_error(problem, watcher.found)
             loss, metrics = split_result(problem.name, result)
@@ -286,6 +289,7 @@ def _to_record(
         batch_spec=spec,
         dynamic_dims=tuple(dynamic),
         guard=_batch_guard(placeholders, inputs),
+        attributes=wrapper.seen.attributes,
     )
 
 
