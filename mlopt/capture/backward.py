@@ -44,7 +44,7 @@ def watching_backward() -> Iterator[BackwardWatcher]:
     The functions that torch itself is written with are the derivatives of their forward and pass.
     """
     watcher = BackwardWatcher()
-    apply = torch.autograd.Function.__dict__["apply"].__func__
+    apply = torch.autograd.Function.__dict__["apply"]  # a classmethod, in Python or (from torch 2.15 on) in C
     register_hook = torch.Tensor.register_hook
 
     def watched_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ def watching_backward() -> Iterator[BackwardWatcher]:
             watcher.note(_HOOK)
         elif cls.__module__.partition(".")[0] != torch.__name__:
             watcher.note(f"the custom autograd function {cls.__name__}")
-        return apply(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
 
     def watched_register_hook(tensor: torch.Tensor, hook: Any) -> Any:
         watcher.note(_HOOK)
