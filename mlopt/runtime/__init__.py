@@ -5,6 +5,7 @@ contract by which a problem's loss is differentiated, with the captured graphs a
 behind it.
 """
 
+from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan import Plan
 
-__all__ = ["Plan"]
+__all__ = ["NonFiniteGuard", "Plan"]

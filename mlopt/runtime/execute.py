@@ -37,6 +37,7 @@ from mlopt.runtime.derivatives import (
     mean_of_each,
     mean_result,
 )
+from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
@@ -55,6 +56,7 @@ class Pass:
     solutions: dict[str, Solution] = dataclasses.field(default_factory=dict)
     result: GradientResult | None = None
     samples: tuple[Sample, ...] = ()
+    left_out: bool = False  # a step that was not finite, and changed nothing
 
     def add(self, slot: str, value: torch.Tensor) -> None:
         """Add a vector into a slot; an empty slot takes it over."""
@@ -107,6 +109,7 @@ class Executor:
         self.layouts = layouts
         self.states = {name: ProblemState(streams[name]) for name in problems}
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
+        self.check = StepCheck(plan, problems)
         self._derive = derive
         self._quiet = quiet
         self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
@@ -141,10 +144,11 @@ class Executor:
         state.stream.advance(count)
         state.num_steps += 1
         state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
-        for unroll in self._open_unrolls(name):
-            unroll.steps.append((name, state.samples))
+        if not run.left_out:
+            for unroll in self._open_unrolls(name):
+                unroll.steps.append((name, state.samples))
         unroll_below = self._unrolls.pop(name, None)
-        if unroll_below is not None:
+        if unroll_below is not None and not run.left_out:
             unroll_below.restore()
             for lower, count in collections.Counter(n for n, _ in unroll_below.steps).items():
                 if lower in self._histories:
@@ -158,6 +162,10 @@ class Executor:
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
         gradients = self.total_gradient(name, run)
+        if not self.check.passes(name, run, gradients):
+            run.left_out = True
+            self.guesses = {key: guess for key, guess in self.guesses.items() if key[0] != name}
+            return run
         if name in self._histories:
             indirect = self.layouts[name].split(run.slots[HYPERGRADIENT]) if HYPERGRADIENT in run.slots else None
             extra = (
@@ -172,6 +180,22 @@ class Executor:
                 live.copy_(value)
         self._update(name, gradients)
         return run
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copy what steps change; return a function that puts it back. Counters and batches go on."""
+        copies = [Snapshot(problem) for problem in self.problems.values()]
+        guesses = dict(self.guesses)
+        ends = {name: history.end for name, history in self._histories.items()}
+
+        def restore() -> None:
+            for copy in copies:
+                copy.restore()
+            self.guesses = dict(guesses)
+            self._unrolls.clear()
+            for name, history in self._histories.items():
+                history.rewind(history.end - ends[name])
+
+        return restore
 
     def _begin_unrolls(self, name: str) -> None:
         """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
@@ -193,7 +217,11 @@ class Executor:
 
     def hypergradient(self, name: str, batches: Sequence[Batch] | None) -> list[torch.Tensor | None]:
         """Return the total gradient of a problem at the present state; nothing is changed."""
-        return self.total_gradient(name, self.evaluate(name, batches))
+        while True:
+            run = self.evaluate(name, batches)
+            gradients = self.total_gradient(name, run)
+            if not self.check.overflows(name, run, gradients):
+                return gradients
 
     def lower_samples(self, name: str) -> tuple[Sample, ...]:
         """Return what a lower problem is differentiated on: the micro-batches of its last step.
@@ -323,6 +351,8 @@ class Executor:
 
     def _report(self, name: str, instruction: Solve, outcome: Outcome) -> None:
         key = (name, instruction.out, outcome)
+        if outcome is Outcome.NON_FINITE and self.problems[instruction.problem].loss_scale is not None:
+            return  # the loss scale is finding its value
         if self._quiet or outcome < Outcome.DIVERGING or key in self._warned:
             return
         self._warned.add(key)

@@ -14,6 +14,7 @@ from mlopt.problem import Problem
 from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
+from mlopt.runtime.finite import NonFiniteGuard
 
 StepResult = dict[str, dict[str, Any]]
 
@@ -55,8 +56,13 @@ class Plan:
         Raises:
             DataError: A problem's data ran out or changed its structure beyond what can be read.
             CaptureError: A batch of a new shape or structure made a new capture necessary, and that failed.
+            NonFiniteError: The guard (see `set_guard`) found a step that is not finite; or an fp16 problem overflows
+                whatever its loss scale.
         """
         results: StepResult = {}
+        guard = self._executor.check.guard
+        if guard is not None:
+            guard.begin(self.num_steps + 1, self.graph.problems, self._executor.snapshot)
         for name in self.graph.problems:
             if self._executor.is_due(name):
                 results[name] = self._executor.step(name)
@@ -76,6 +82,14 @@ class Plan:
         for _ in range(num_steps):
             latest.update(self.step())
         return latest
+
+    def set_guard(self, guard: NonFiniteGuard | None) -> None:
+        """Have every step looked at before it changes anything, or no longer, with None.
+
+        Args:
+            guard: Says what is done with a step that is not finite.
+        """
+        self._executor.check.guard = guard
 
     def hypergradient(self, problem: str | Problem, *, batch: Any = None) -> dict[str, torch.Tensor]:
         """Return the total gradient of a problem's loss at the present state; nothing is stepped or moved.
