@@ -59,7 +59,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         DataError: A problem's data is empty.
         VerificationError: With ``strict``, a derivative disagrees with plain autograd.
     """
-    compiler = Compiler(graph, get_backend(backend, cache_dir), verify=verify, strict=strict)
+    compiler = Compiler(graph, get_backend(backend, cache_dir), verify=verify, strict=strict, cache_dir=cache_dir)
     with tqdm(total=2 * len(graph.problems), desc="compile", leave=False, disable=None if progress else True) as bar:
         for name in graph.problems:
             bar.set_postfix_str(f"capture {name}")
@@ -77,4 +77,4 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
     compiler.backend.seal()
     seen = {name: compiler.seen(name) for name in graph.problems}
     executor = Executor(program, graph.problems, compiler.layouts, compiler.derive, compiler.streams, seen=seen)
-    return Plan(graph, program, executor, compiler.report, compiler.autograd)
+    return Plan(graph, program, executor, compiler.report, compiler.autograd, compiler.warm_up)

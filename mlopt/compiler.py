@@ -8,17 +8,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from mlopt.autodiff import FlatLayout, TaskAxis
-from mlopt.backends import AbstractBackend, EagerBackend
+from mlopt.backends import AbstractBackend, EagerBackend, Lowering, background_backend
 from mlopt.capture import LossGraph, ReadAttribute, capture_loss
 from mlopt.capture.tasks import showing_task
 from mlopt.checks import all_reads, check_devices, check_estimators, warn_about_unreached
 from mlopt.errors import (
+    BackendWarning,
     CaptureError,
     DataError,
     GraphError,
@@ -38,6 +41,7 @@ from mlopt.runtime.reference import AutogradDerivatives
 from mlopt.runtime.reference_tasks import TaskAutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
+from mlopt.runtime.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +66,16 @@ class Compiler:
     one with new sizes reuses a graph whose shape guards accept it; only then is the loss captured again.
     """
 
-    def __init__(self, graph: Graph, backend: AbstractBackend, *, verify: bool, strict: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        backend: AbstractBackend,
+        *,
+        verify: bool,
+        strict: bool,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._cache_dir = cache_dir
         self.graph = graph
         self.backend = backend
         self.verify = verify
@@ -124,6 +137,58 @@ class Compiler:
             known = self._reuse(key, batch) or self._build(name, batch)
             self._known[self._key(name, batch)] = known  # a capture may have found other values to look at
         return known
+
+    def warm_up(self, latest: Callable[[str], Batch]) -> WarmUp | None:
+        """Compile what runs by the eager backend in the background; None if nothing does.
+
+        Args:
+            latest: Gives a batch of a problem to compare on, without fetching one.
+        """
+        used = {id(d) for d in self._known.values()}
+        eager = {
+            name: [d for d in captures if id(d) in used and all(x == Lowering("eager") for x in d.lowerings().values())]
+            for name, captures in self.report.graphs.items()
+        }
+        if not any(eager.values()):
+            return None
+        cancelled = threading.Event()
+        # Where a package is no faster than the calls that it replaces there is nothing to change over to.
+        measure = all(layout.device.type == "cpu" for layout in self.layouts.values())
+        backend = background_backend(self._cache_dir, cancelled, measure=measure)
+        if isinstance(backend, str):
+            warnings.warn(
+                f"warm_up: nothing can be compiled: {backend}. Graphs run by the eager backend, with the same results",
+                BackendWarning,
+                stacklevel=4,
+            )
+            return None
+
+        def accept(name: str, live: GraphDerivatives, compiled: GraphDerivatives) -> bool | None:
+            batch = latest(name)
+            if self._known.get(self._key(name, batch)) is not live:
+                return None  # made for other batches than the present one
+            return not self.verify or self._agrees(name, live, compiled, batch)
+
+        def done(backend: AbstractBackend) -> None:
+            backend.seal()
+            self.backend = backend
+            self.report.backend = backend.name
+
+        return WarmUp(eager, backend, cancelled, accept, done)
+
+    def _agrees(self, name: str, live: GraphDerivatives, compiled: GraphDerivatives, batch: Batch) -> bool:
+        assert self.program is not None
+        problems = self.graph.problems
+        difference = find_disagreement(
+            compiled, live, problems[name], problems, self.layouts[name], self.program.needs[name], batch
+        )
+        if difference is None:
+            return True
+        message = f"problem {name!r}: what was compiled in the background disagrees with its eager graphs: {difference}"
+        if self.strict:
+            raise VerificationError(f"{message}; strict=True was given. compile(..., strict=False) keeps them")
+        warnings.warn(f"{message}; they go on running eagerly", VerificationWarning, stacklevel=5)
+        return False
 
     def _key(self, name: str, batch: Batch) -> tuple[object, ...]:
         values = tuple([a.current() for a in self._attributes.get(name, ())])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 
 from mlopt.backends import inductor
@@ -11,7 +12,15 @@ from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
 from mlopt.errors import BackendWarning
 
-__all__ = ["AbstractBackend", "Compiled", "EagerBackend", "InductorBackend", "Lowering", "get_backend"]
+__all__ = [
+    "AbstractBackend",
+    "Compiled",
+    "EagerBackend",
+    "InductorBackend",
+    "Lowering",
+    "background_backend",
+    "get_backend",
+]
 
 _NAMES = ("auto", "eager", "inductor")
 
@@ -47,3 +56,17 @@ def get_backend(name: str, cache_dir: str | os.PathLike[str] | None = None) -> A
             stacklevel=3,
         )
     return EagerBackend()
+
+
+def background_backend(
+    cache_dir: str | os.PathLike[str] | None, cancelled: threading.Event, *, measure: bool
+) -> AbstractBackend | str:
+    """Return a backend that compiles beside a training run, or what it lacks here.
+
+    Args:
+        cache_dir: Where compiled graphs are kept.
+        cancelled: Set when nobody waits for it any more.
+        measure: Keep whichever of eager and compiled is faster, per graph.
+    """
+    lacking = inductor.missing()
+    return lacking if lacking is not None else InductorBackend(cache_dir, measure=measure, cancelled=cancelled)

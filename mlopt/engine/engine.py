@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mlopt.errors import NonFiniteError
 from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan import Plan, StepResult
+from mlopt.runtime.warm_up import WarmUp
 
 History = dict[str, list[tuple[int, float]]]
 
@@ -46,6 +47,9 @@ class Engine:
             problems to the last snapshot (see `mlopt.NonFiniteGuard`). Every step then waits for the device. Default:
             only the losses that are logged are looked at.
         snapshot_every: Global steps between two snapshots, which are kept in memory, for ``"roll_back"``.
+        warm_up: ``"eager"`` to train on eager graphs while they are compiled in the background, and change over between
+            two steps. For a plan of ``mlopt.compile(graph, backend="eager")``, which is there in a moment; what is
+            compiled already stays. A graph for which machine code is no faster stays eager, too.
         progress: Show a progress bar (on standard error; a plain line per tenth of the run when that is no terminal).
 
     Attributes:
@@ -67,6 +71,7 @@ class Engine:
         log_every: int = 10,
         non_finite: str | None = None,
         snapshot_every: int = 100,
+        warm_up: str | None = None,
         progress: bool = True,
     ) -> None:
         for argument, value in (("steps", steps), ("validate_every", validate_every), ("log_every", log_every)):
@@ -82,6 +87,10 @@ class Engine:
         self._log_every = log_every
         self._progress = progress
         self._guard = None if non_finite is None else NonFiniteGuard(non_finite, snapshot_every=snapshot_every)
+        if warm_up not in (None, "eager"):
+            raise ValueError(f"Engine, argument `warm_up`: expected 'eager' or None, got {warm_up!r}")
+        self._warm_up = warm_up
+        self._warming: WarmUp | None = None
         self._latest: StepResult = {}
         self._shown: dict[str, float] = {}
 
@@ -100,16 +109,21 @@ class Engine:
             NonFiniteError: A loss is NaN or infinite at a logged step; or `non_finite` asks for it, or did not help.
         """
         self.plan.set_guard(self._guard)
+        self._warming = self.plan.warm_up() if self._warm_up and self.step < self.steps else None
         try:
             return self._run()
         finally:
             self.plan.set_guard(None)
+            if self._warming is not None:
+                self._warming.stop()
 
     def _run(self) -> History:
         for callback in self._callbacks:
             callback.on_start(self)
         with tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self._progress) as bar:
             while self.step < self.steps:
+                if self._warming is not None:
+                    self._warming.poll()
                 results = self.plan.step()
                 self.step += 1
                 self._latest.update(results)

@@ -265,6 +265,11 @@ class GraphDerivatives(AbstractDerivatives):
         self._values: Mapping[int, torch.Tensor] = {}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
 
+    def adopt(self, other: GraphDerivatives) -> None:
+        """Run the same graphs as another object does from now on; nothing that was linearized before may be in use."""
+        assert other.graphs is self.graphs, "other graphs, not another backend"
+        self._call = other._call
+
     def lowerings(self) -> dict[str, Lowering]:
         """Return what became of each graph."""
         return {name: call.lowering for name, call in self._call.items()}

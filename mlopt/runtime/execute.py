@@ -233,6 +233,11 @@ class Executor:
             return state.samples
         return tuple(Sample(b) for b in state.stream.ahead(self.problems[name].gradient_accumulation))
 
+    def latest_batch(self, name: str) -> Batch:
+        """Return a batch of a problem's last step, or the one that was fetched for its first."""
+        samples = self.states[name].samples
+        return samples[0].batch if samples else self.states[name].stream.peek()
+
     def _run(self, name: str, samples: Sequence[Sample], *, keep_guesses: bool) -> Pass:
         run = Pass()
         for instruction in self.plan[name].instructions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan
 from mlopt.problem import Problem
 from mlopt.runtime.check import Reference, Report, check
+from mlopt.runtime.data import Batch
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 from mlopt.runtime.finite import NonFiniteGuard
+from mlopt.runtime.warm_up import WarmUp
 
 StepResult = dict[str, dict[str, Any]]
 
@@ -38,6 +41,7 @@ class Plan:
         executor: Executor,
         report: CompileReport,
         reference: Reference,
+        warm_up: Callable[[Callable[[str], Batch]], WarmUp | None],
     ) -> None:
         self.graph = graph
         self.program = program
@@ -45,6 +49,7 @@ class Plan:
         self._executor = executor
         self._report = report
         self._reference = reference
+        self._warm_up = warm_up
 
     def step(self) -> StepResult:
         """Make one global step: every lowest problem steps once, then each problem whose turn it is, upwards.
@@ -82,6 +87,15 @@ class Plan:
         for _ in range(num_steps):
             latest.update(self.step())
         return latest
+
+    def warm_up(self) -> WarmUp | None:
+        """Compile in the background what runs by the eager backend.
+
+        Returns:
+            Whose ``poll()`` changes over, to be called between steps, and whose ``stop()`` gives up; None if there is
+            nothing to compile.
+        """
+        return self._warm_up(self._executor.latest_batch)
 
     def set_guard(self, guard: NonFiniteGuard | None) -> None:
         """Have every step looked at before it changes anything, or no longer, with None.

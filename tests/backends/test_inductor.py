@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import sys
+import threading
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_mlp_with_dropout_and_batch_norm_trains_as_eager_does(cache_dir):
 
 @needs_compiler
 def test_second_compilation_of_a_program_starts_no_process(cache_dir, monkeypatch):
-    monkeypatch.setattr(backend_module, "compile_jobs", lambda *args: pytest.fail("compiled again"))
+    monkeypatch.setattr(backend_module, "compile_jobs", lambda *args, **options: pytest.fail("compiled again"))
     plan, *_ = train(make_mlp, "inductor", cache_dir, 1)
     assert set(lowerings(plan).values()) == {"inductor"}
     assert plan.explain().count("from the cache") == len(lowerings(plan))
@@ -146,7 +147,9 @@ def test_convolutions_with_batch_norm_train_as_eager_does(cache_dir, monkeypatch
 
     Training is not stopped to compile it.
     """
-    monkeypatch.setattr(backend_module, "compile_jobs", lambda *args: pytest.fail("compiled during training"))
+    monkeypatch.setattr(
+        backend_module, "compile_jobs", lambda *args, **options: pytest.fail("compiled during training")
+    )
     plan = assert_same_training(make_conv, cache_dir)
     assert "captured after training had begun" in plan.explain()
 
@@ -399,6 +402,40 @@ def test_processes_that_die_or_hang_cost_only_their_own_job(monkeypatch):
     assert "the compiling process ended (exit code 3)" in results[0].error
     assert "took longer than 3 s" in results[1].error
     assert "AttributeError" in results[2].error  # this one was served, by a process started anew
+
+
+def test_background_jobs_end_when_they_are_cancelled(monkeypatch):
+    monkeypatch.setenv("MLOPT_COMPILE_JOBS", "2")
+    started, start = [], pool._start
+    monkeypatch.setattr(pool, "_start", lambda *args, **options: started.append(start(*args, **options)) or started[-1])
+    cancelled = threading.Event()
+    timer = threading.Timer(1.0, cancelled.set)
+    timer.start()
+    results = pool.compile_jobs([Job(_Sleeps(), (), "/none")] * 3, lambda: None, cancelled=cancelled)
+    assert [r.error for r in results] == ["it was cancelled"] * 3
+    assert started and all(process.poll() is not None for process in started)
+
+
+@needs_compiler
+def test_warm_up_changes_over_to_packages(cache_dir):
+    *_, expected = train(make_mlp, "eager", cache_dir, 8)
+    torch.manual_seed(0)
+    problems = make_mlp()
+    graph = mlopt.Graph(list(problems))
+    plan = mlopt.compile(graph, backend="eager", cache_dir=cache_dir, progress=False, strict=True)
+    first = plan.step()
+    assert set(lowerings(plan).values()) == {"eager"} and torch.isfinite(first["classifier"]["loss"])
+
+    class Wait(mlopt.Callback):
+        def on_step_end(self, engine, results):
+            if engine.step == 2:
+                engine._warming.wait(300)
+
+    mlopt.Engine(plan, steps=7, warm_up="eager", callbacks=[Wait()], progress=False).run()
+    notes = [x.note for d in plan._report.graphs.values() for x in d[0].lowerings().values()]
+    assert notes and all(note.startswith("from the cache; a call: ") for note in notes), notes  # measured
+    got = [t for p in problems for t in p.module.state_dict().values()]
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_number_of_processes(monkeypatch):

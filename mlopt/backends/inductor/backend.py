@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,11 +61,19 @@ class InductorBackend(AbstractBackend):
     Args:
         cache_dir: Where packages are kept; default: see `mlopt.backends.inductor.cache`.
         measure: Keep, per graph, whichever of eager and compiled is faster on its first call.
+        cancelled: Given where this backend works beside a training run: see `compile_jobs`.
     """
 
     name = "inductor"
 
-    def __init__(self, cache_dir: str | os.PathLike[str] | None = None, *, measure: bool = False) -> None:
+    def __init__(
+        self,
+        cache_dir: str | os.PathLike[str] | None = None,
+        *,
+        measure: bool = False,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        self._cancelled = cancelled
         self._cache = DiskCache(cache_dir)
         self._measure = measure
         self._prepared: dict[fx.GraphModule, _Lowered] = {}
@@ -109,7 +118,7 @@ class InductorBackend(AbstractBackend):
 
         progress(0, len(jobs))
         try:
-            results = compile_jobs([job for _, job in jobs.values()], done)
+            results = compile_jobs([job for _, job in jobs.values()], done, cancelled=self._cancelled)
             for (key, (graph, job)), result in zip(jobs.items(), results, strict=True):
                 graph.error = result.error
                 if result.error is None:

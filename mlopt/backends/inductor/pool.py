@@ -23,6 +23,7 @@ from mlopt.backends.inductor.worker import Job, Result
 
 logger = logging.getLogger(__name__)
 
+_LOOK_EVERY = 0.2  # seconds between two looks at whether a background job was cancelled
 _START_TIMEOUT = 60.0  # seconds; importing torch on a busy machine
 _PACKAGE_ROOT = Path(__file__).parents[3]
 
@@ -42,7 +43,13 @@ def num_processes() -> int:
     return int(text)
 
 
-def compile_jobs(jobs: Sequence[Job], done: Callable[[], None], *, timeout: float = 600.0) -> list[Result]:
+def compile_jobs(
+    jobs: Sequence[Job],
+    done: Callable[[], None],
+    *,
+    timeout: float = 600.0,
+    cancelled: threading.Event | None = None,
+) -> list[Result]:
     """Compile graphs in parallel.
 
     A process that dies or takes too long costs its own job only, which comes back as an error.
@@ -51,25 +58,33 @@ def compile_jobs(jobs: Sequence[Job], done: Callable[[], None], *, timeout: floa
         jobs: What to compile.
         done: Called after each job, in the calling thread.
         timeout: Seconds that one job may take.
+        cancelled: Given where this goes on beside other work: the processes have low priority, and end when it is set.
 
     Returns:
-        One result per job.
+        One result per job; an error for those that were cancelled.
     """
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for k in range(len(jobs)):
         waiting.put(k)
     finished: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
-    slots = [_Slot(jobs, waiting, finished, timeout) for _ in range(min(num_processes(), len(jobs)))]
+    slots = [
+        _Slot(jobs, waiting, finished, timeout, cancelled is not None) for _ in range(min(num_processes(), len(jobs)))
+    ]
     results: dict[int, Result] = {}
     try:
         while len(results) < len(jobs):
-            k, result = finished.get()
+            try:
+                k, result = finished.get(timeout=None if cancelled is None else _LOOK_EVERY)
+            except queue.Empty:
+                if cancelled is not None and cancelled.is_set():
+                    break
+                continue
             results[k] = result
             done()
     finally:  # also on Ctrl-C: no process outlives the call
         for slot in slots:
             slot.stop()
-    return [results[k] for k in range(len(jobs))]
+    return [results.get(k, Result("it was cancelled", (), 0.0)) for k in range(len(jobs))]
 
 
 class _Slot:
@@ -81,7 +96,9 @@ class _Slot:
         waiting: queue.SimpleQueue[int],
         finished: queue.SimpleQueue[tuple[int, Result]],
         timeout: float,
+        background: bool,
     ) -> None:
+        self._background = background
         self._jobs, self._waiting, self._finished, self._timeout = jobs, waiting, finished, timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
@@ -111,7 +128,7 @@ class _Slot:
 
     def _run(self, job: Job) -> Result:
         if self._process is None:
-            self._process = _start(self._log)
+            self._process = _start(self._log, background=self._background)
             if self._stopped:  # either this is seen here, or `stop` sees the process
                 self._process.kill()
             ready = self._exchange(self._process, None)
@@ -166,7 +183,7 @@ class _Slot:
         return f": {lines[-1][:200]}" if lines else ""
 
 
-def _start(log: Any) -> subprocess.Popen[bytes]:
+def _start(log: Any, *, background: bool) -> subprocess.Popen[bytes]:
     path = os.pathsep.join([str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
         **os.environ,
@@ -178,9 +195,10 @@ def _start(log: Any) -> subprocess.Popen[bytes]:
         # not an option, because torch 2.11 would refuse an option that it does not know.
         "AOT_INDUCTOR_ENABLE_LINE_TABLES": "0",
     }
+    nice = "import os; os.nice(10); " if background and hasattr(os, "nice") else ""
     return subprocess.Popen(
         # Not "-m": the module would be __main__ there, and what it pickles could not be read here.
-        [sys.executable, "-c", f"from {worker.__name__} import main; main()"],
+        [sys.executable, "-c", f"{nice}from {worker.__name__} import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
