@@ -77,9 +77,10 @@ nvcc:  ## compile the CUDA sources (needs nvcc, no GPU)
 	    -c $$source -o build/nvcc/$$(basename $$source).o || exit 1; \
 	done
 
-bench: setup  ## time the native ops against torch on this machine; writes nothing
+bench: setup  ## time the native ops and the backends against torch on this machine; writes no result
 	@$(PY) benchmarks/run_vector.py --device cpu
 	@$(PY) benchmarks/run_glm.py --device cpu
+	@$(PY) benchmarks/run_backends.py
 
 gpu-check:  ## on a machine with a GPU and its own torch: build in place, test and measure everything CUDA; no network
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'

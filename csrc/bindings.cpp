@@ -1,5 +1,7 @@
 // The Python module mlopt._C. Importing it registers the ops (ops.cpp and the families' _op.cpp files); what is bound
 // here is only what is not a tensor op.
+#include "runtime/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
@@ -16,4 +18,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return config;
   });
+  mlopt::bind_runtime(m);
 }

@@ -188,7 +188,7 @@ def run(seed: int, args: argparse.Namespace, *, verbose: bool) -> Result:
     """Train with every method on one seed."""
     data = digits.load(seed, noise=args.noise)
     graph = make_program(data, seed, ESTIMATORS[args.estimator])
-    plan = mlopt.compile(graph)
+    plan = mlopt.compile(graph, backend=args.backend)
     if verbose:
         print(plan.explain(), end="\n\n", flush=True)
         plan.draw(args.out_dir / "plan.svg")
@@ -288,6 +288,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="classifier steps; default %(default)s")
     parser.add_argument("--noise", type=float, default=0.4, help="share of wrong labels; default %(default)s")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="cg", help="default %(default)s")
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "eager", "inductor"],
+        default="eager",  # this network trains in less time than compiling it takes the first time
+        help="what runs the graphs; default %(default)s",
+    )
     parser.add_argument("--out-dir", type=Path, default=Path("demo_out"), help="default %(default)s")
     args = parser.parse_args()
     if args.seeds < 1 or args.steps < 1 or not 0 < args.noise < 1:

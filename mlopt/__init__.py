@@ -7,7 +7,17 @@ from mlopt import errors, linalg
 from mlopt.compile import compile  # noqa: A004 - the name users know from torch.compile
 from mlopt.engine import Callback, Engine
 from mlopt.graph import Graph
-from mlopt.hypergradient import CG, AbstractEstimator, FiniteDifference, Neumann
+from mlopt.hypergradient import (
+    CG,
+    SAMA,
+    AbstractEstimator,
+    Dense,
+    FiniteDifference,
+    Identity,
+    Neumann,
+    Nystrom,
+    Unroll,
+)
 from mlopt.ops import build_config
 from mlopt.problem import Problem
 from mlopt.runtime import Plan
@@ -16,14 +26,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "SAMA",
     "AbstractEstimator",
     "Callback",
+    "Dense",
     "Engine",
     "FiniteDifference",
     "Graph",
+    "Identity",
     "Neumann",
+    "Nystrom",
     "Plan",
     "Problem",
+    "Unroll",
     "build_config",
     "compile",
     "errors",

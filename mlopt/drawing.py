@@ -59,15 +59,16 @@ def write_svg(
 
 def to_svg(graph: Graph, program: ExecutionPlan | None = None, islands: Collection[str] = ()) -> str:
     """Return the picture as SVG text."""
-    boxes = _place(_boxes(graph, program, islands))
     edges = list(graph.nx.edges(data=True))
+    boxes = _place(_boxes(graph, program, islands), edges)
     body: list[str] = []
     labels: list[str] = []
     right = max(b.x + b.width / 2 for b in boxes.values())
     left = min(b.x - b.width / 2 for b in boxes.values())
     sides, num_around = (left, right), {True: 0, False: 0}
     legend_width = 470.0
-    ports = _ports(edges, boxes)
+    across = {(s, r) for s, r, _ in edges if _are_neighbours(boxes[s], boxes[r], boxes)}
+    ports = _ports([e for e in edges if e[:2] not in across], boxes)
     for source, reader, data in edges:
         dashed = data["kind"] == "upper_to_lower"
         swing = None
@@ -76,7 +77,10 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None, islands: Collecti
             num_around[dashed] += 1
             distance = 45 * num_around[dashed]
             swing = sides[1] + distance if dashed else sides[0] - distance
-        points = _route(boxes[source], boxes[reader], *ports[source, reader], swing)
+        if (source, reader) in across:
+            points = _across(boxes[source], boxes[reader])
+        else:
+            points = _route(boxes[source], boxes[reader], *ports[source, reader], swing)
         curve, at = _bezier(points, 0.5 if swing is not None else 0.55 if dashed else 0.45)
         color = _DASHED if dashed else _SOLID
         style = ' stroke-dasharray="6 4"' if dashed else ""
@@ -87,8 +91,11 @@ def to_svg(graph: Graph, program: ExecutionPlan | None = None, islands: Collecti
         text = _edge_lines(source, reader, data, program)
         width = max(map(_text_width, text)) + 10
         # Beside its edge, outward: left of solid edges, right of dashed ones, so that a pair keeps clear of each other.
-        centre = at[0] + (1 if dashed else -1) * (width / 2 + 5)
-        labels.append(_label((centre, at[1]), text, width, color))
+        # An edge along a row has its label below.
+        centre, height_of_label = at[0] + (1 if dashed else -1) * (width / 2 + 5), at[1]
+        if (source, reader) in across:
+            centre, height_of_label = at[0], at[1] + 10 + _LINE * len(text) / 2
+        labels.append(_label((centre, height_of_label), text, width, color))
         left, right = min(left, centre - width / 2), max(right, centre + width / 2)
     bottom = max(b.y + b.height for b in boxes.values())
     legend_y = bottom + 34
@@ -125,18 +132,20 @@ def _boxes(graph: Graph, program: ExecutionPlan | None, islands: Collection[str]
     return boxes
 
 
-def _place(boxes: dict[str, _Box]) -> dict[str, _Box]:
+def _place(boxes: dict[str, _Box], edges: Sequence[tuple[str, str, dict[str, object]]]) -> dict[str, _Box]:
+    wide = {boxes[s].level for s, r, _ in edges if boxes[s].level == boxes[r].level}  # rows with edges along them
     top = max(b.level for b in boxes.values())
     y = float(_MARGIN)
     for level in range(top, 0, -1):
         row = [b for b in boxes.values() if b.level == level]
         if not row:
             continue
-        total = sum(b.width for b in row) + _GAP_X * (len(row) - 1)
+        gap = 1.5 * _GAP_X if level in wide else _GAP_X
+        total = sum(b.width for b in row) + gap * (len(row) - 1)
         x = -total / 2
         for box in row:
             box.x, box.y = x + box.width / 2, y
-            x += box.width + _GAP_X
+            x += box.width + gap
         y += max(b.height for b in row) + _GAP_Y
     return boxes
 
@@ -157,6 +166,20 @@ def _ports(
         for i, (_, _, edge, end) in enumerate(sorted(ends)):
             found[edge][end] = box.x - box.width / 2 + box.width * (i + 1) / (len(ends) + 1)
     return {edge: (a, b) for edge, (a, b) in found.items()}
+
+
+def _are_neighbours(a: _Box, b: _Box, boxes: dict[str, _Box]) -> bool:
+    """Whether two boxes stand beside each other in one row."""
+    low, high = sorted((a.x, b.x))
+    return a.level == b.level and not any(c.level == a.level and low < c.x < high for c in boxes.values())
+
+
+def _across(source: _Box, reader: _Box) -> list[tuple[float, float]]:
+    """Return the control points of a straight edge between the facing sides of neighbours."""
+    sign = 1 if reader.x > source.x else -1
+    y = source.y + min(source.height, reader.height) / 2
+    x0, x1 = source.x + sign * source.width / 2, reader.x - sign * (reader.width / 2 + 2)
+    return [(x0, y), (x0 + (x1 - x0) / 3, y), (x1 - (x1 - x0) / 3, y), (x1, y)]
 
 
 def _route(source: _Box, reader: _Box, x0: float, x1: float, swing: float | None) -> list[tuple[float, float]]:
@@ -185,8 +208,8 @@ def _edge_lines(source: str, reader: str, data: dict[str, object], program: Exec
     count = len(data["parameters"])  # type: ignore[arg-type]
     lines = [f"{reader} reads {count} tensor{'' if count == 1 else 's'}"]
     if program is not None and data["kind"] == "upper_to_lower" and reader in {p.name for p in program.problems}:
-        estimator = program[reader].estimator
-        most = estimator.max_hvps
+        estimator, size = program[reader].estimator, program[reader].size
+        most = estimator.max_hvps(size)
         cost = f"at most {most} Hessian products" if most else "no Hessian product"
         lines += [f"hypergradient by {type(estimator).__name__}", cost]
     return lines

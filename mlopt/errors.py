@@ -24,11 +24,15 @@ class GraphError(MloptError, ValueError):
 
 
 class LossError(MloptError, ValueError):
-    """A `training_step` returned something that is not a differentiable scalar loss."""
+    """A `training_step` returned no differentiable scalar loss, or one that the estimator cannot be used with."""
 
 
 class CaptureError(MloptError, RuntimeError):
     """A `training_step` could not be captured as a graph."""
+
+
+class UpdateError(MloptError, ValueError):
+    """An optimizer's step cannot be differentiated."""
 
 
 class DataError(MloptError, ValueError):
@@ -53,6 +57,10 @@ class VerificationWarning(UserWarning):
 
 class IslandWarning(UserWarning):
     """A problem could not be captured and runs by plain autograd, with the same results (an eager island)."""
+
+
+class BackendWarning(UserWarning):
+    """The backend that was asked for cannot be used; the eager one is used instead."""
 
 
 class SolverWarning(UserWarning):

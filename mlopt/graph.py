@@ -60,6 +60,12 @@ class Graph:
                         "rename one of them"
                     )
         _check_owners(problems)
+        tasks = {p.tasks: p.name for p in problems if p.tasks}
+        if len(tasks) > 1:
+            (a, first), (b, second) = list(tasks.items())[:2]
+            raise GraphError(
+                f"problem {second!r} has tasks={b}, problem {first!r} tasks={a}; one graph has one number of tasks"
+            )
         self._declared = None if dependencies is None else self._read_dependencies(dependencies)
         self._reads: dict[str, dict[str, tuple[str, ...]]] | None = None
         for problem in problems:
@@ -96,6 +102,17 @@ class Graph:
         """Return the problems with a lower_to_upper edge into `name`, lowest first."""
         return [other for other in self.problems if other in self.reads(name) and self.is_below(other, name)]
 
+    def below(self, name: str) -> list[str]:
+        """Return the problems from which lower_to_upper edges lead to `name`, lowest first."""
+        found: set[str] = set()
+        stack = self.lowers(name)
+        while stack:
+            lower = stack.pop()
+            if lower not in found:
+                found.add(lower)
+                stack += self.lowers(lower)
+        return [other for other in self.problems if other in found]
+
     def is_below(self, a: str, b: str) -> bool:
         """Whether problem `a` comes before `b` in the list."""
         order = list(self.problems)
@@ -117,6 +134,7 @@ class Graph:
         self._reads = {name: dict(reads[name]) for name in self.problems}
         if self._declared is not None:
             self._check_declared(self._declared)
+        self._check_tasks()
         self._warn_about_structure()
 
     def draw(self, path: str) -> None:
@@ -188,6 +206,16 @@ class Graph:
                 "leave out `dependencies` to have the edges found"
             )
 
+    def _check_tasks(self) -> None:
+        for name, problem in self.problems.items():
+            for lower in self.lowers(name):
+                if problem.tasks and not self.problems[lower].tasks:
+                    raise GraphError(
+                        f"problem {name!r} has {problem.tasks} tasks and reads the lower problem {lower!r}, which has "
+                        f"none: every task would need a hypergradient of its own through it; give {lower!r} "
+                        f"tasks={problem.tasks}, too"
+                    )
+
     def _warn_about_structure(self) -> None:
         for name in self.problems:
             readers = [other for other in self.problems if name in self.reads(other)]
@@ -199,7 +227,7 @@ class Graph:
                     f"problem {name!r} shapes the loss of {', '.join(map(repr, below))} but its own loss reads none of "
                     "the problems below it: its hypergradient is its direct gradient only",
                     StructureWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
 
 

@@ -8,11 +8,13 @@ a `Graph` tells the problem the names of its peers.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mlopt.errors import ProblemError, UnknownNameError
 
@@ -35,13 +37,27 @@ class Problem:
             hyperparameters); a parameter it does not hold is not trained.
         data: An iterable of batches that can be iterated again (a `DataLoader`, a list), or None when
             `training_step` needs no batch (it is then given None). A batch is any nesting of dicts, lists, tuples and
-            named tuples of tensors and plain Python values. Tensors are moved to the device of the parameters.
+            named tuples of tensors and plain Python values. Tensors are moved to the device of the parameters. Several
+            loaders, as a dict or as a tuple or list of `DataLoader`, give one batch of all of them in a dict or tuple;
+            each starts over by itself when it ends.
         scheduler: Optional learning-rate scheduler; its ``step()`` is called after each optimizer step.
         hypergradient: How the derivative of this problem's optimum is estimated when a problem above it asks for a
-            hypergradient: `mlopt.CG`, `mlopt.Neumann`, `mlopt.FiniteDifference` or a subclass of
+            hypergradient: `mlopt.CG`, `mlopt.Neumann`, `mlopt.Unroll`, ... or a subclass of
             `mlopt.AbstractEstimator`. Default: ``mlopt.CG()``.
         unroll_steps: Optimizer steps this problem makes between two steps of a problem above it.
         warmup_steps: Optimizer steps this problem makes before any problem above it steps for the first time.
+        gradient_accumulation: Micro-batches per optimizer step; the loss of a step is their mean. A hypergradient
+            through this problem takes all of them, too.
+        roll_back: After each step of this problem, let the problems below it return to the start of their unroll and
+            make the whole unroll again, on the same batches with the same random numbers, under the new parameters.
+        tasks: T, to give the problem T independent copies of its trained parameters: each gets a leading axis T, all
+            copies starting from the present values. `training_step` is written for one task; every tensor of this
+            problem's batches, and of those of a problem that reads it, has a leading axis T. A problem that reads one
+            with tasks is averaged over them. All tasks run batched. The optimizer must be fresh, and should act
+            element by element, as most do. Buffers are common to the tasks and move by the mean.
+        clip_norm: Scale the gradient (for a problem above others: the hypergradient) down to this Euclidean norm
+            where it is longer, before the optimizer steps.
+        normalize_gradient: Scale the gradient to norm 1 (to `clip_norm`, if given) before the optimizer steps.
 
     Raises:
         ProblemError: A name that is no identifier or that hides an attribute of `Problem`, step counts that are not
@@ -54,11 +70,16 @@ class Problem:
         *,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        data: Iterable[Any] | None = None,
+        data: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         scheduler: Any = None,
         hypergradient: AbstractEstimator | None = None,
         unroll_steps: int = 1,
         warmup_steps: int = 0,
+        gradient_accumulation: int = 1,
+        roll_back: bool = False,
+        tasks: int | None = None,
+        clip_norm: float | None = None,
+        normalize_gradient: bool = False,
     ) -> None:
         _check_name(name, type(self))
         self.name = name
@@ -69,8 +90,17 @@ class Problem:
         self.hypergradient = hypergradient
         self.unroll_steps = unroll_steps
         self.warmup_steps = warmup_steps
+        self.gradient_accumulation = gradient_accumulation
+        self.roll_back = roll_back
+        self.tasks = tasks
+        self.clip_norm = clip_norm
+        self.normalize_gradient = normalize_gradient
         self._peers: dict[str, Problem] = {}
         self._check()
+        if tasks is not None:
+            with torch.no_grad():
+                for parameter in self.trained_parameters().values():
+                    parameter.data = parameter.data.expand(tasks, *parameter.shape).clone()
 
     def training_step(self, batch: Any) -> torch.Tensor | dict[str, Any]:
         """Compute this problem's loss on one batch.
@@ -106,6 +136,71 @@ class Problem:
         """
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {n: p for n, p in self.module.named_parameters() if id(p) in held and p.requires_grad}
+
+    def optimizer_hyperparameters(self) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        """Return settings of the optimizer that are learned by problems above; override to have some.
+
+        For example ``{"lr": self.tuner.module.log_lr.exp()}`` with a problem named "tuner" above. They are set before
+        each step, and have derivatives if ``hypergradient=mlopt.Unroll(...)``.
+
+        Returns:
+            0-d tensors by the name of the group entry, for all groups or as one dict per group.
+        """
+        return {}
+
+    def hyperparameters_by_group(self) -> list[dict[str, torch.Tensor]]:
+        """Return `optimizer_hyperparameters`, one dict per parameter group.
+
+        Raises:
+            ProblemError: They do not fit the optimizer's groups.
+        """
+        settings = self.optimizer_hyperparameters()
+        groups = self.optimizer.param_groups
+        by_group = settings if isinstance(settings, list) else [settings] * len(groups)
+        if len(by_group) != len(groups):
+            raise ProblemError(
+                f"problem {self.name!r}: optimizer_hyperparameters returned {len(by_group)} dicts, its optimizer has "
+                f"{len(groups)} parameter groups"
+            )
+        for given, group in zip(by_group, groups, strict=True):
+            for key, value in given.items():
+                if key not in group or not isinstance(value, torch.Tensor) or value.ndim != 0:
+                    raise ProblemError(
+                        f"problem {self.name!r}: optimizer_hyperparameters must return 0-d tensors under the names of "
+                        f"the optimizer's settings ({', '.join(k for k in group if k != 'params')}), got {key!r}: "
+                        f"{value!r}"
+                    )
+        return by_group
+
+    @property
+    def num_trained(self) -> int:
+        """How many numbers this problem solves for (in each task)."""
+        return sum(p.numel() for p in self.trained_parameters().values()) // (self.tasks or 1)
+
+    def for_each_task(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module of a problem with tasks outside of `training_step`, each task on its own arguments.
+
+        Args:
+            args: Tensors with a leading axis T.
+            kwargs: The same, by name.
+
+        Returns:
+            What the module returns, with a leading axis T.
+        """
+        trained: dict[str, torch.Tensor] = {**self.trained_parameters()}
+
+        def one(parameters: dict[str, torch.Tensor], args: Any, kwargs: Any) -> Any:
+            return torch.func.functional_call(self.module, parameters, args, kwargs)
+
+        return torch.func.vmap(one, randomness="different")(trained, args, kwargs)
+
+    def loaders(self) -> dict[str, Iterable[Any]] | list[Iterable[Any]] | None:
+        """Return the loaders if `data` holds several, else None."""
+        if isinstance(self.data, Mapping):
+            return dict(self.data)
+        if isinstance(self.data, list | tuple) and self.data and all(isinstance(d, DataLoader) for d in self.data):
+            return list(self.data)
+        return None
 
     def bind(self, peers: Mapping[str, Problem]) -> None:
         """Make the other problems of a graph reachable as attributes (called by `Graph`)."""
@@ -159,22 +254,50 @@ class Problem:
                 f"problem {self.name!r}, argument `optimizer`: none of the parameters it holds requires a gradient; "
                 "there is nothing to train"
             )
-        if hasattr(self.data, "__len__") and len(self.data) == 0:  # type: ignore[arg-type]
-            raise ProblemError(
-                f"problem {self.name!r}, argument `data`: the loader is empty (length 0); it must yield at least "
-                "one batch (drop_last=True on a data set smaller than the batch size?)"
-            )
+        loaders = self.loaders()
+        entries: list[tuple[str, Any]] = _labelled(loaders) if loaders else [("", self.data)]
+        for label, data in entries:
+            if hasattr(data, "__len__") and len(data) == 0:
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `data`{label}: the loader is empty (length 0); it must yield at "
+                    "least one batch (drop_last=True on a data set smaller than the batch size?)"
+                )
+            if loaders and (not isinstance(data, Iterable) or isinstance(data, torch.Tensor)):
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `data`{label}: expected a loader (an iterable of batches), got "
+                    f"{type(data).__name__}"
+                )
         if self.data is not None and not isinstance(self.data, Iterable):
             raise ProblemError(
                 f"problem {self.name!r}, argument `data`: expected an iterable of batches or None, got "
                 f"{type(self.data).__name__}"
             )
-        for argument, least in (("unroll_steps", 1), ("warmup_steps", 0)):
+        for argument, least in (("unroll_steps", 1), ("warmup_steps", 0), ("gradient_accumulation", 1)):
             value = getattr(self, argument)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ProblemError(
                     f"problem {self.name!r}, argument `{argument}`: expected an integer >= {least}, got {value!r}"
                 )
+        if self.tasks is not None:
+            if not isinstance(self.tasks, int) or isinstance(self.tasks, bool) or self.tasks < 1:
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `tasks`: expected an integer >= 1 or None, got {self.tasks!r}"
+                )
+            if self.optimizer.state:
+                raise ProblemError(
+                    f"problem {self.name!r}, argument `optimizer`: it has made steps already; with tasks={self.tasks} "
+                    "the parameters get a leading axis that its state does not have. Make a new one"
+                )
+        clip = self.clip_norm
+        if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):
+            raise ProblemError(
+                f"problem {self.name!r}, argument `clip_norm`: expected a number > 0 or None, got {clip!r}"
+            )
+
+
+def _labelled(loaders: dict[str, Iterable[Any]] | list[Iterable[Any]]) -> list[tuple[str, Any]]:
+    items = loaders.items() if isinstance(loaders, dict) else enumerate(loaders)
+    return [(f"[{key!r}]", loader) for key, loader in items]
 
 
 def _check_name(name: Any, cls: type[Problem]) -> None:
@@ -183,7 +306,7 @@ def _check_name(name: Any, cls: type[Problem]) -> None:
             f"{cls.__name__}, argument `name`: expected a Python identifier (other problems use it as an attribute), "
             f"got {name!r}"
         )
-    reserved = {"name", "module", "optimizer", "data", "scheduler", "hypergradient", "unroll_steps", "warmup_steps"}
+    reserved = set(inspect.signature(Problem.__init__).parameters)
     if name in reserved or hasattr(cls, name):
         raise ProblemError(
             f"{cls.__name__}, argument `name`: {name!r} is an attribute of {cls.__name__} and would hide the problem; "

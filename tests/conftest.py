@@ -1,7 +1,12 @@
 """Shared fixtures."""
 
+import os
+
 import pytest
 import torch
+
+# "auto" would compile the graphs of hundreds of small programs; the tests of the compiled backend ask for it by name.
+os.environ.setdefault("MLOPT_BACKEND", "eager")
 
 torch.set_num_threads(1)  # the suite runs in parallel processes; results do not depend on it
 

@@ -22,3 +22,7 @@ def test_run_vector(tmp_path):
 
 def test_run_glm(tmp_path):
     assert "double backward" in smoke("run_glm", tmp_path) and len(list(tmp_path.glob("glm-cpu-*.json"))) == 1
+
+
+def test_run_backends(tmp_path):
+    assert "CG(20) hypergradient" in smoke("run_backends", tmp_path) and (tmp_path / "backends-cpu.json").exists()

@@ -40,7 +40,7 @@ def test_pictures(name, tmp_path):
 def test_boxes_do_not_overlap(name):
     graph = mlopt.Graph(program(SHAPES[name]))
     plan = mlopt.compile(graph, progress=False)
-    boxes = drawing._place(drawing._boxes(graph, plan.program)).values()
+    boxes = drawing._place(drawing._boxes(graph, plan.program), list(graph.nx.edges(data=True))).values()
     for a, b in itertools.combinations(boxes, 2):
         apart_x = abs(a.x - b.x) >= (a.width + b.width) / 2
         apart_y = a.y + a.height <= b.y or b.y + b.height <= a.y

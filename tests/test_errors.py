@@ -1,7 +1,10 @@
 """Bad input: each case one clear error that names the problem, what was expected and what to do."""
 
+import warnings
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import mlopt
@@ -199,6 +202,29 @@ def test_upper_problem_that_reads_nothing_below():
         mlopt.compile(mlopt.Graph([lower, upper]), progress=False)
 
 
+@pytest.mark.parametrize("island", [False, True])
+def test_upper_problem_that_no_loss_depends_on(island):
+    """The lower loss detaches the weights: nothing depends on the upper parameters."""
+    lower, upper = make()
+
+    def detached(batch):
+        if island:
+            print("step")
+        x, y = batch
+        return F.cross_entropy(lower.module(x), y) * lower.reweight(torch.zeros(1, 1)).detach().sum()
+
+    lower.training_step = detached
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = mlopt.compile(mlopt.Graph([lower, upper]), progress=False)
+    messages = [str(w.message) for w in caught if w.category is errors.StructureWarning]
+    assert any(
+        "'reweight': its hypergradient is zero" in m and "0.weight, 0.bias, 2.weight, 2.bias" in m for m in messages
+    )
+    assert bool(plan._report.islands) == island
+    assert not any(g.any() for g in plan.hypergradient("reweight").values())
+
+
 def test_capture_failure_quotes_the_line():
     def step(self, batch):
         loss = self(batch[0]).square().mean()
@@ -236,7 +262,7 @@ def test_batch_with_unknown_objects():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="argument `backend`: expected one of 'auto', 'eager', got 'fast'"):
+    with pytest.raises(ValueError, match="argument `backend`: expected one of 'auto', 'eager', 'inductor', got 'fast'"):
         mlopt.compile(mlopt.Graph(list(make())), backend="fast")
 
 

@@ -16,11 +16,11 @@ ALLOWED = {
     "problem": {"errors", "hypergradient"},  # the latter for annotations only
     "capture": {"errors", "problem"},
     "passes": set(),
-    "autodiff": {"capture", "passes"},
+    "autodiff": {"capture", "errors", "passes"},
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},
     "planner": {"graph", "hypergradient"},
-    "backends": {"ops"},
+    "backends": {"errors", "ops"},
     "runtime": {
         "autodiff",
         "backends",
@@ -28,12 +28,15 @@ ALLOWED = {
         "drawing",
         "errors",
         "graph",
+        "hypergradient",
         "linalg",
         "ops",
         "planner",
         "problem",
     },
-    "compile": {"autodiff", "backends", "capture", "errors", "graph", "planner", "runtime"},
+    "checks": {"autodiff", "errors", "planner", "problem"},
+    "compiler": {"autodiff", "backends", "capture", "checks", "errors", "graph", "planner", "runtime"},
+    "compile": {"backends", "compiler", "graph", "runtime"},
     "engine": {"errors", "runtime"},
 }
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

@@ -1,4 +1,6 @@
 // Tensors of the family `vector`: checks, dtype dispatch, workspaces, registration. The kernels never see a tensor.
+#include "vector_op.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -91,48 +93,13 @@ at::Tensor dot(const at::Tensor& a, const at::Tensor& b) { return dot_or_norm("m
 
 at::Tensor norm(const at::Tensor& a) { return dot_or_norm("mlopt::norm", a, a, true); }
 
-void cg_step_(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap_, at::Tensor& state) {
-  const char* op = "mlopt::cg_step_";
-  const Shape shape = shape_of(op, x);
-  check_like(op, "r", r, x);
-  check_like(op, "p", p, x);
-  check_like(op, "ap", ap_, x);
-  check_written(op, {{"x", x}, {"r", r}, {"p", p}, {"state", state}}, {{"ap", ap_}});
-  TORCH_CHECK(state.numel() == shape.rows * kNumColumns && state.scalar_type() == x.scalar_type() &&
-                  state.device() == x.device(),
-              op, ": expected state of ", kNumColumns, " columns per row, like the vectors in dtype and device, got ",
-              state.sizes());
-  const at::Tensor ap = ap_.contiguous();
-  at::Tensor partials = at::empty({2, shape.rows * num_blocks(shape.n)}, x.options());
-  with_dtype(op, x, [&](auto zero) {
-    using T = decltype(zero);
-    T* first = partials.mutable_data_ptr<T>();
-    const CgParams<T> params{x.mutable_data_ptr<T>(),
-                             r.mutable_data_ptr<T>(),
-                             p.mutable_data_ptr<T>(),
-                             ap.const_data_ptr<T>(),
-                             state.mutable_data_ptr<T>(),
-                             first,
-                             first + shape.rows * num_blocks(shape.n),
-                             shape.rows,
-                             shape.n};
-    run(op, x, params, cg_step_cpu<T>, MLOPT_CUDA(cg_step_cuda<T>));
-  });
+void cg_step_(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap, at::Tensor& state) {
+  at::Tensor workspace = cg_workspace(x);
+  cg_step(x, r, p, ap, state, workspace);
 }
 
-void neumann_step_(at::Tensor& v, at::Tensor& acc, const at::Tensor& av_, double scale) {
-  const char* op = "mlopt::neumann_step_";
-  shape_of(op, v);
-  check_like(op, "acc", acc, v);
-  check_like(op, "av", av_, v);
-  check_written(op, {{"v", v}, {"acc", acc}}, {{"av", av_}});
-  const at::Tensor av = av_.contiguous();
-  with_dtype(op, v, [&](auto zero) {
-    using T = decltype(zero);
-    const NeumannParams<T> params{v.mutable_data_ptr<T>(), acc.mutable_data_ptr<T>(), av.const_data_ptr<T>(),
-                                  static_cast<T>(scale), v.numel()};
-    run(op, v, params, neumann_step_cpu<T>, MLOPT_CUDA(neumann_step_cuda<T>));
-  });
+void neumann_step_(at::Tensor& v, at::Tensor& acc, const at::Tensor& av, double scale) {
+  neumann_step(v, acc, av, scale);
 }
 
 at::Tensor perturb(const at::Tensor& x_, const at::Tensor& direction_, const at::Tensor& step_) {
@@ -164,6 +131,55 @@ void register_kernels(torch::Library& m) {
 }
 
 }  // namespace
+
+at::Tensor cg_workspace(const at::Tensor& x) {
+  const Shape shape = shape_of("mlopt::cg_step_", x);
+  return at::empty({2, shape.rows * num_blocks(shape.n)}, x.options());
+}
+
+void cg_step(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap_, at::Tensor& state,
+             at::Tensor& workspace) {
+  const char* op = "mlopt::cg_step_";
+  const Shape shape = shape_of(op, x);
+  check_like(op, "r", r, x);
+  check_like(op, "p", p, x);
+  check_like(op, "ap", ap_, x);
+  check_written(op, {{"x", x}, {"r", r}, {"p", p}, {"state", state}}, {{"ap", ap_}});
+  TORCH_CHECK(state.numel() == shape.rows * kNumColumns && state.scalar_type() == x.scalar_type() &&
+                  state.device() == x.device(),
+              op, ": expected state of ", kNumColumns, " columns per row, like the vectors in dtype and device, got ",
+              state.sizes());
+  const at::Tensor ap = ap_.contiguous();
+  with_dtype(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    T* partials = workspace.mutable_data_ptr<T>();
+    const CgParams<T> params{x.mutable_data_ptr<T>(),
+                             r.mutable_data_ptr<T>(),
+                             p.mutable_data_ptr<T>(),
+                             ap.const_data_ptr<T>(),
+                             state.mutable_data_ptr<T>(),
+                             partials,
+                             partials + shape.rows * num_blocks(shape.n),
+                             shape.rows,
+                             shape.n};
+    run(op, x, params, cg_step_cpu<T>, MLOPT_CUDA(cg_step_cuda<T>));
+  });
+}
+
+void neumann_step(at::Tensor& v, at::Tensor& acc, const at::Tensor& av_, double scale) {
+  const char* op = "mlopt::neumann_step_";
+  shape_of(op, v);
+  check_like(op, "acc", acc, v);
+  check_like(op, "av", av_, v);
+  check_written(op, {{"v", v}, {"acc", acc}}, {{"av", av_}});
+  const at::Tensor av = av_.contiguous();
+  with_dtype(op, v, [&](auto zero) {
+    using T = decltype(zero);
+    const NeumannParams<T> params{v.mutable_data_ptr<T>(), acc.mutable_data_ptr<T>(), av.const_data_ptr<T>(),
+                                  static_cast<T>(scale), v.numel()};
+    run(op, v, params, neumann_step_cpu<T>, MLOPT_CUDA(neumann_step_cuda<T>));
+  });
+}
 
 TORCH_LIBRARY_IMPL(mlopt, CPU, m) { register_kernels(m); }
 #ifdef MLOPT_WITH_CUDA

@@ -9,6 +9,12 @@ do not differentiate twice.
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
+from mlopt.autodiff.tasks import (
+    TaskAxis,
+    gradient_over_tasks,
+    linearization_over_tasks,
+    read_gradient_over_tasks,
+)
 from mlopt.autodiff.trace import TracedGraph
 
 __all__ = [
@@ -16,8 +22,12 @@ __all__ = [
     "GradientGraph",
     "LinearizationGraphs",
     "ReadGradientGraph",
+    "TaskAxis",
     "TracedGraph",
     "gradient_graph",
+    "gradient_over_tasks",
     "linearization_graphs",
+    "linearization_over_tasks",
     "read_gradient_graph",
+    "read_gradient_over_tasks",
 ]

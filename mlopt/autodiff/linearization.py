@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
+from mlopt.autodiff.gauss_newton import CutLoss, second_order_products
 from mlopt.autodiff.gradient import prepare, read_parameters
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.split import dependents, extract, residuals_of
@@ -33,7 +34,7 @@ class LinearizationGraphs:
     Attributes:
         traced: The whole product before the cut; its `guard` tells for which shapes the halves hold.
         primal: ``(loss inputs) -> residuals``.
-        hvp: ``(residuals, v [N]) -> (H v [N],)``, or None if not asked for.
+        hvp: ``(residuals, v [N]) -> (H v [N],)`` (or G v, if so asked), or None if not asked for.
         mixed: ``(residuals, q [N]) -> (one flat vector [N_r] per target)``, or None if there is no target.
         targets: The problems that `mixed` returns products for, in output order.
         num_residuals: How many values the primal half hands over.
@@ -54,6 +55,7 @@ def linearization_graphs(
     *,
     hvp: bool,
     targets: Sequence[str],
+    curvature: str = "hessian",
 ) -> LinearizationGraphs:
     """Build the second-order products of a loss.
 
@@ -67,9 +69,14 @@ def linearization_graphs(
         layouts: Flat layouts of all problems by name.
         hvp: Whether `H v` is wanted.
         targets: The problems r whose mixed products are wanted.
+        curvature: ``"hessian"``, or ``"ggn"`` to have generalized Gauss-Newton products in place of `H v`; mixed
+            products are exact with both. See `mlopt.autodiff.gauss_newton`.
 
     Returns:
         The graphs, already through the default passes.
+
+    Raises:
+        LossError: ``curvature="ggn"``, and the loss has no convex loss function of network outputs.
     """
     own_layout = layouts[loss.problem]
     dtype, device = own_layout.dtype, own_layout.device
@@ -97,9 +104,25 @@ def linearization_graphs(
             for layout, group in zip(layouts_out, groups, strict=True)
         ]
 
+    def compute_gauss_newton(tensors: list[torch.Tensor]) -> Outputs:
+        *tensors, flat = tensors
+        values, own = prepare(loss, tensors, own_layout)
+        reads = [read_parameters(loss, values, layouts[name]) for name in targets]
+        pairs = [(t, v) for t, v in zip(own, own_layout.split(flat), strict=True) if t is not None]
+        present = [t for group in reads for t in group if t is not None]
+        products, mixed = second_order_products(
+            CutLoss(loss, values), [t for t, _ in pairs], [v for _, v in pairs], present
+        )
+        remaining = iter([*products, *mixed])
+        return [
+            layout.flatten([None if t is None else next(remaining) for t in group])
+            for layout, group in zip([own_layout, *(layouts[name] for name in targets)], [own, *reads], strict=True)
+        ]
+
     example = torch.empty(own_layout.size, dtype=dtype, device=device)
     dynamic_dims = [*loss.dynamic_dims, frozenset()]
-    traced = trace(compute, [*inputs, example], dynamic_dims, loss.positions(InputRole.BATCH))
+    function = compute_gauss_newton if hvp and curvature == "ggn" else compute
+    traced = trace(function, [*inputs, example], dynamic_dims, loss.positions(InputRole.BATCH))
     run_default_passes(traced.module)
     return _cut(traced, hvp=hvp, targets=tuple(targets))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlopt.capture.guard import ShapeGuard
+from mlopt.passes import has_writes, remove_fresh_writes_pass
 
 Outputs = list[torch.Tensor | torch.SymInt | torch.SymFloat | None]
 
@@ -47,8 +49,9 @@ def trace(
     """Trace `function`, which may call `torch.autograd.grad`, on fake copies of `inputs`.
 
     Two passes: the first runs autograd and records the operations of forward and backward, the second removes
-    in-place operations from that record (autograd formulas written in C++ use them). Only a functional graph can be
-    split: an in-place operation in the tangent half would change what the primal half handed over.
+    in-place operations from that record (autograd formulas written in C++ use them); it costs as much as the first, and
+    is left out where all of them can be removed by looking at the graph. Only a functional graph can be split: an
+    in-place operation in the tangent half would change what the primal half handed over.
 
     Args:
         function: Takes the list of inputs, returns a list of tensors and None.
@@ -64,12 +67,13 @@ def trace(
     examples = [_fake(fake_mode, t, dims) for t, dims in zip(inputs, dynamic_dims, strict=True)]
     # Fused attention has no second derivative, and oneDNN's recurrent layers have none that can be traced: both are
     # recorded as elementary operations. (Convolutions are not affected: their kernel is chosen when the graph runs.)
-    elementary = (sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False))
-    with fake_mode, torch.enable_grad(), elementary[0], elementary[1]:
-        recorded = make_fx(lambda *xs: tuple(function(list(xs))))(*examples)
-        with torch.no_grad():
-            functional = torch.func.functionalize(recorded, remove="mutations")
-            module = make_fx(functional)(*examples)
+    with fake_mode, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_onednn():
+        module = make_fx(lambda *xs: tuple(function(list(xs))))(*examples)
+        remove_fresh_writes_pass(module)
+        if has_writes(module):
+            with torch.no_grad():
+                functional = torch.func.functionalize(module, remove="mutations")
+                module = make_fx(functional)(*examples)
     keep_random_layout(module)
     _flatten_outputs(module)
     _check_functional(module)
@@ -101,6 +105,17 @@ def keep_random_layout(module: fx.GraphModule) -> fx.GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Switch oneDNN off; `torch.backends.mkldnn.flags` would also set its TF32 mode, which warns without Intel GPUs."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dims: frozenset[int]) -> torch.Tensor:

@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import fx
 
-# Tensors, and None or integers where the graph returns those.
-Compiled = Callable[..., Sequence[Any]]
+
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """What became of one graph, for ``explain()``: the backend that runs it, and a note on why or how fast."""
+
+    backend: str
+    note: str = ""
+
+
+class Compiled(Protocol):
+    """A lowered graph ``f(*tensors) -> sequence`` that never builds an autograd graph or writes its inputs.
+
+    It returns tensors, and None or numbers where the graph returns those.
+    """
+
+    @property
+    def lowering(self) -> Lowering:
+        """What became of the graph."""
+
+    def __call__(self, *arguments: Any) -> Sequence[Any]:
+        """Run the graph."""
+
+    def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """Return the graph, if it has one output, as a native operator in argument `hole`, or None if it is not native.
+
+        Args:
+            arguments: What the other arguments are; None at `hole`.
+            hole: Position of the vector.
+        """
 
 
 class AbstractBackend(abc.ABC):
@@ -17,6 +45,23 @@ class AbstractBackend(abc.ABC):
 
     name: str
 
+    def prepare(  # noqa: B027 - a backend without a slow part has nothing to prepare
+        self, modules: Sequence[fx.GraphModule], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> None:
+        """Do the slow part of lowering several graphs at once; `lower` then returns quickly for each.
+
+        Args:
+            modules: The graphs.
+            progress: Called with the number of graphs compiled and to be compiled.
+        """
+
+    def seal(self) -> None:  # noqa: B027 - see above
+        """Say that training begins: from now on lowering must be quick, at the price of slower graphs."""
+
+    def is_prepared(self, module: fx.GraphModule) -> bool:
+        """Whether `lower` returns quickly for this graph."""
+        return True
+
     @abc.abstractmethod
     def lower(self, module: fx.GraphModule) -> Compiled:
-        """Turn a functional graph into a callable ``f(*tensors) -> tuple`` that never builds an autograd graph."""
+        """Turn a functional graph into a callable."""

@@ -8,7 +8,29 @@ from typing import Any
 import torch
 from torch import fx
 
-from mlopt.backends.base import AbstractBackend, Compiled
+from mlopt.backends.base import AbstractBackend, Compiled, Lowering
+
+
+class EagerGraph:
+    """The graph's forward under ``no_grad``.
+
+    Args:
+        module: The graph.
+        note: Why it runs eagerly, where something else was asked for.
+    """
+
+    def __init__(self, module: fx.GraphModule, note: str = "") -> None:
+        self.lowering = Lowering("eager", note)
+        self._forward = module.forward
+
+    def __call__(self, *arguments: Any) -> Sequence[Any]:
+        """Run the graph."""
+        with torch.no_grad():
+            return self._forward(*arguments)
+
+    def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """None: the graph is Python."""
+        return None
 
 
 class EagerBackend(AbstractBackend):
@@ -17,11 +39,5 @@ class EagerBackend(AbstractBackend):
     name = "eager"
 
     def lower(self, module: fx.GraphModule) -> Compiled:
-        """Return the graph's forward under ``no_grad``."""
-        forward = module.forward
-
-        def run(*tensors: torch.Tensor) -> Sequence[Any]:
-            with torch.no_grad():
-                return forward(*tensors)
-
-        return run
+        """Return the graph's forward."""
+        return EagerGraph(module)

@@ -99,11 +99,15 @@ def return_items_as_tensors(module: fx.GraphModule) -> set[int]:
 
 
 def depends_on(root: fx.Node, placeholders: Sequence[fx.Node]) -> set[int]:
-    """Return the positions of the placeholders that the value of `root` depends on, writes through views included."""
-    bases = _alias_bases(root.graph)
+    """Return the positions of the placeholders that `root` has a derivative for, writes through views included.
+
+    A dependence ends at ``detach`` (regions without gradients are captured so, too) and at values without derivative
+    (integers, truth values).
+    """
+    bases = alias_bases(root.graph)
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in root.graph.nodes:
-        for written in _written_arguments(node):
+        for written in written_arguments(node):
             writers.setdefault(bases[written], []).append(node)
     seen, stack = set(), [root]
     while stack:
@@ -111,19 +115,29 @@ def depends_on(root: fx.Node, placeholders: Sequence[fx.Node]) -> set[int]:
         if node in seen:
             continue
         seen.add(node)
+        if node.target in _DETACH or not _has_derivative(node):
+            continue
         stack.extend(node.all_input_nodes)
         stack.extend(writers.get(bases[node], ()))
     return {i for i, p in enumerate(placeholders) if p in seen}
 
 
+_DETACH = {aten.detach.default, aten.detach_.default}
+
+
+def _has_derivative(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+
+
 def written_placeholders(module: fx.GraphModule, placeholders: Sequence[fx.Node]) -> set[int]:
     """Return the positions of the placeholders that an in-place operation writes, directly or through a view."""
-    bases = _alias_bases(module.graph)
-    written = {bases[argument] for node in module.graph.nodes for argument in _written_arguments(node)}
+    bases = alias_bases(module.graph)
+    written = {bases[argument] for node in module.graph.nodes for argument in written_arguments(node)}
     return {i for i, p in enumerate(placeholders) if p in written}
 
 
-def _alias_bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def alias_bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Map each node to the node whose memory it shows (itself, unless it is a view or an in-place result)."""
     bases: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -140,7 +154,7 @@ def _alias_bases(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return bases
 
 
-def _written_arguments(node: fx.Node) -> list[fx.Node]:
+def written_arguments(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that one call writes in place, by its schema."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:

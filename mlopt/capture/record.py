@@ -76,6 +76,12 @@ class LossGraph:
     dynamic_dims: tuple[frozenset[int], ...]
     guard: ShapeGuard
 
+    def seen_problems(self) -> set[str]:
+        """Return the other problems whose tensors the graph uses at all, also where no derivative passes."""
+        placeholders = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        used = {x.problem for x, node in zip(self.inputs, placeholders, strict=True) if node.users}
+        return used - {self.problem, ""}
+
     def positions(self, role: InputRole, problem: str | None = None) -> list[int]:
         """Return the input positions of one role, optionally of one problem."""
         return [i for i, x in enumerate(self.inputs) if x.role is role and (problem is None or x.problem == problem)]

@@ -5,7 +5,22 @@
 
 from mlopt.hypergradient.base import AbstractEstimator
 from mlopt.hypergradient.cg import CG
+from mlopt.hypergradient.dense import Dense
 from mlopt.hypergradient.finite_difference import FiniteDifference
+from mlopt.hypergradient.identity import Identity
 from mlopt.hypergradient.neumann import Neumann
+from mlopt.hypergradient.nystrom import Nystrom
+from mlopt.hypergradient.sama import SAMA
+from mlopt.hypergradient.unroll import Unroll
 
-__all__ = ["CG", "AbstractEstimator", "FiniteDifference", "Neumann"]
+__all__ = [
+    "CG",
+    "SAMA",
+    "AbstractEstimator",
+    "Dense",
+    "FiniteDifference",
+    "Identity",
+    "Neumann",
+    "Nystrom",
+    "Unroll",
+]

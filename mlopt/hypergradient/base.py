@@ -10,6 +10,7 @@ the problem graph) is the planner's and the runtime's.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from typing import Any
 
@@ -27,6 +28,16 @@ class AbstractEstimator(abc.ABC):
 
     #: Whether `solve` multiplies with the operator. If False no Hessian product is built for the problem.
     uses_hvp: bool = True
+
+    #: Whether `solve` gets, in place of H, the diagonal operator ``-d theta' / d gradient`` of the next optimizer step.
+    uses_update: bool = False
+
+    #: None, or through how many of the last optimizer steps the plan differentiates instead of solving a system.
+    unrolled_steps: int | None = None
+
+    #: What `solve` is given for H: ``"hessian"``, or ``"ggn"`` for the generalized Gauss-Newton matrix of the loss,
+    #: which is positive semi-definite where the loss is a convex function of network outputs.
+    curvature: str = "hessian"
 
     #: Whether the plan hands the previous q of the same place in the program to `solve` as its first guess.
     warm_start: bool = False
@@ -48,10 +59,24 @@ class AbstractEstimator(abc.ABC):
             The solution; ``value`` is q [N].
         """
 
-    @property
-    def max_hvps(self) -> int:
-        """The most products with H that one solve makes (for the cost column of ``explain()``)."""
+    def max_hvps(self, size: int) -> int:
+        """Return the most products with H [N, N] that one solve makes (for the cost column of ``explain()``)."""
         return 0
+
+    def check(self, problem: str, size: int) -> None:  # noqa: B027 - optional for subclasses
+        """Refuse a lower problem with N parameters that this estimator cannot serve (called by ``compile``).
+
+        Raises:
+            ValueError: See the estimator.
+        """
+
+    def __repr__(self) -> str:
+        """Print the settings, without options that are switched off."""
+        if not dataclasses.is_dataclass(self):
+            return super().__repr__()
+        fields = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        shown = [(f.name, v) for f, v in fields if v != f.default or not isinstance(v, str | None)]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown)})"
 
 
 def check_number(owner: str, argument: str, value: Any, *, positive: bool) -> None:
@@ -67,3 +92,9 @@ def check_count(owner: str, argument: str, value: Any) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{owner}, argument `{argument}`: expected an integer >= 1, got {value!r}")
+
+
+def check_curvature(owner: str, value: Any) -> None:
+    """Raise ValueError unless `value` names a curvature."""
+    if value not in ("hessian", "ggn"):
+        raise ValueError(f"{owner}, argument `curvature`: expected 'hessian' or 'ggn', got {value!r}")

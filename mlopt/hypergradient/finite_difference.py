@@ -7,10 +7,11 @@ import dataclasses
 import torch
 
 from mlopt.hypergradient.base import AbstractEstimator, check_number
-from mlopt.linalg import AbstractLinearOperator, Outcome, Solution
+from mlopt.hypergradient.identity import scaled
+from mlopt.linalg import AbstractLinearOperator, Solution
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FiniteDifference(AbstractEstimator):
     """``q = scale * v``, and the mixed product exactly or by a central difference (Liu, Simonyan and Yang 2019).
 
@@ -47,10 +48,4 @@ class FiniteDifference(AbstractEstimator):
 
     def solve(self, operator: AbstractLinearOperator, cotangent: torch.Tensor, guess: torch.Tensor | None) -> Solution:
         """Return ``scale * v``."""
-        zero = torch.zeros((), dtype=torch.int64, device=cotangent.device)
-        return Solution(
-            value=cotangent * self.scale,
-            outcomes=zero + int(Outcome.CONVERGED),
-            num_steps=zero,
-            relative_residual=torch.full((), float("nan"), device=cotangent.device),
-        )
+        return scaled(cotangent, self.scale)

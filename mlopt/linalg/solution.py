@@ -16,6 +16,7 @@ class Outcome(enum.IntEnum):
     DIVERGING = 2
     BREAKDOWN = 3
     NON_FINITE = 4
+    SINGULAR = 5
 
     @property
     def advice(self) -> str:
@@ -33,6 +34,7 @@ _ADVICE = {
     "minimum; raise damping, or train the lower problem further",
     Outcome.NON_FINITE: "the right-hand side or a product with the operator is NaN or infinite; look at the lower "
     "loss and its learning rate",
+    Outcome.SINGULAR: "the matrix is singular: parameters that the lower loss does not determine; add damping",
 }
 
 

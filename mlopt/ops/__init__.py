@@ -19,7 +19,7 @@ from mlopt.ops.glm import (
     glm_neumann,
 )
 from mlopt.ops.library import available, build_config
-from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, neumann_step_, norm, perturb
+from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, is_native, neumann_step_, norm, perturb
 
 __all__ = [
     "CgState",
@@ -39,6 +39,7 @@ __all__ = [
     "glm_matmul",
     "glm_matmul_t",
     "glm_neumann",
+    "is_native",
     "neumann_step_",
     "norm",
     "perturb",

@@ -17,7 +17,7 @@ from mlopt.ops import library
 from mlopt.ops.reference import vector as reference
 from mlopt.ops.state import CgState
 
-__all__ = ["CgState", "cg_init", "cg_step_", "dot", "neumann_step_", "norm", "perturb"]
+__all__ = ["CgState", "cg_init", "cg_step_", "dot", "is_native", "neumann_step_", "norm", "perturb"]
 
 _NATIVE_DTYPES = (torch.float32, torch.float64)
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ValueError: Shapes, dtypes or devices differ, or an input requires a gradient.
     """
     _check("dot", a=a, b=b)
-    return torch.ops.mlopt.dot(a, b) if _native(a) else reference.dot(a, b)
+    return torch.ops.mlopt.dot(a, b) if is_native(a) else reference.dot(a, b)
 
 
 def norm(a: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ def norm(a: torch.Tensor) -> torch.Tensor:
         ValueError: The input has another number of dimensions or requires a gradient.
     """
     _check("norm", a=a)
-    return torch.ops.mlopt.norm(a) if _native(a) else reference.norm(a)
+    return torch.ops.mlopt.norm(a) if is_native(a) else reference.norm(a)
 
 
 def cg_init(r: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ def cg_step_(x: torch.Tensor, r: torch.Tensor, p: torch.Tensor, ap: torch.Tensor
     _check("cg_step_", x=x, r=r, p=p, ap=ap)
     _check_scalars("cg_step_", "state", state, (*x.shape[:-1], CgState.NUM_COLUMNS), x)
     _check_written("cg_step_", {"x": x, "r": r, "p": p, "state": state}, {"ap": ap})
-    (torch.ops.mlopt.cg_step_ if _native(x) else reference.cg_step_)(x, r, p, ap, state)
+    (torch.ops.mlopt.cg_step_ if is_native(x) else reference.cg_step_)(x, r, p, ap, state)
 
 
 def neumann_step_(v: torch.Tensor, acc: torch.Tensor, av: torch.Tensor, scale: float) -> None:
@@ -115,7 +115,7 @@ def neumann_step_(v: torch.Tensor, acc: torch.Tensor, av: torch.Tensor, scale: f
     """
     _check("neumann_step_", v=v, acc=acc, av=av)
     _check_written("neumann_step_", {"v": v, "acc": acc}, {"av": av})
-    (torch.ops.mlopt.neumann_step_ if _native(v) else reference.neumann_step_)(v, acc, av, scale)
+    (torch.ops.mlopt.neumann_step_ if is_native(v) else reference.neumann_step_)(v, acc, av, scale)
 
 
 def perturb(x: torch.Tensor, direction: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -134,10 +134,11 @@ def perturb(x: torch.Tensor, direction: torch.Tensor, step: torch.Tensor) -> tor
     """
     _check("perturb", x=x, direction=direction)
     _check_scalars("perturb", "step", step, x.shape[:-1], x)
-    return (torch.ops.mlopt.perturb if _native(x) else reference.perturb)(x, direction, step)
+    return (torch.ops.mlopt.perturb if is_native(x) else reference.perturb)(x, direction, step)
 
 
-def _native(x: torch.Tensor) -> bool:
+def is_native(x: torch.Tensor) -> bool:
+    """Whether vectors like `x` run by the native kernels."""
     if not library.available() or x.dtype not in _NATIVE_DTYPES:
         return False
     return x.device.type == "cpu" or (x.device.type == "cuda" and library.build_config()["cuda"] is not None)

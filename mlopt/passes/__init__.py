@@ -1,18 +1,22 @@
 """FX -> FX rewrites of functional graphs, one per file.
 
 A pass takes a `GraphModule`, rewrites it in place, lints, recompiles and returns it; it keeps the numerics, does
-nothing where nothing matches, and changes nothing when run twice. The list below is the whole optimizer.
+nothing where nothing matches, and changes nothing when run twice. `DEFAULT_PASSES` is the whole optimizer;
+`remove_fresh_writes_pass` makes recorded graphs functional in the first place.
 """
 
 from mlopt.passes.merge_equal_nodes import merge_equal_nodes_pass
 from mlopt.passes.remove_dead_nodes import remove_dead_nodes_pass
+from mlopt.passes.remove_fresh_writes import has_writes, remove_fresh_writes_pass
 from mlopt.passes.remove_identities import remove_identities_pass
 from mlopt.passes.runner import DEFAULT_PASSES, run_default_passes
 
 __all__ = [
     "DEFAULT_PASSES",
+    "has_writes",
     "merge_equal_nodes_pass",
     "remove_dead_nodes_pass",
+    "remove_fresh_writes_pass",
     "remove_identities_pass",
     "run_default_passes",
 ]

@@ -8,6 +8,7 @@ from mlopt.planner.instructions import (
     Instruction,
     Linearize,
     MixedProduct,
+    ReverseSteps,
     Solve,
     Update,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "MixedProduct",
     "ProblemPlan",
     "ProductNeeds",
+    "ReverseSteps",
     "Solve",
     "Update",
     "plan_program",

@@ -34,6 +34,7 @@ from mlopt.planner.instructions import (
     Instruction,
     Linearize,
     MixedProduct,
+    ReverseSteps,
     Solve,
     Update,
 )
@@ -122,6 +123,10 @@ class _AdjointPlanner:
         targets = tuple((r, destinations[r]) for r in self.reads[name] if r in destinations and r != name)
         if not targets:
             return []
+        if estimator.unrolled_steps is not None:
+            self.instructions.append(ReverseSteps(name, slot, targets, estimator.unrolled_steps))
+            self.filled.update(s for _, s in targets)
+            return [r for r, _ in targets]
         if name not in self.linearized and (estimator.uses_hvp or estimator.mixed_step is None):
             self.linearized.add(name)
             self.instructions.append(Linearize(name))
@@ -145,6 +150,12 @@ def _without_unused(instructions: list[Instruction]) -> tuple[Instruction, ...]:
             used.add(instruction.vector)
             if instruction.step is None:
                 linearized.add(instruction.problem)
+            instruction = dataclasses.replace(instruction, targets=targets)
+        elif isinstance(instruction, ReverseSteps):
+            targets = tuple((r, slot) for r, slot in instruction.targets if slot in used)
+            if not targets:
+                continue
+            used.add(instruction.rhs)
             instruction = dataclasses.replace(instruction, targets=targets)
         elif isinstance(instruction, Solve):
             if instruction.out not in used:

@@ -83,6 +83,28 @@ class MixedProduct:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReverseSteps:
+    """Send a cotangent of a lower problem's parameters back through its last optimizer steps.
+
+    Attributes:
+        problem: The lower problem.
+        rhs: Slot of the cotangent.
+        targets: (problem read, slot) pairs.
+        steps: How many steps, at most.
+    """
+
+    problem: str
+    rhs: str
+    targets: tuple[tuple[str, str], ...]
+    steps: int
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = ", ".join(f"{slot} += (d{self.problem}/d{name})^T {self.rhs}" for name, slot in self.targets)
+        return f"unroll     {parts} through the last {self.steps} optimizer steps of {self.problem}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Update:
     """Hand the gradient to the problem's own optimizer and step it."""
 
@@ -93,4 +115,4 @@ class Update:
         return f"update     the optimizer of {self.problem} steps"
 
 
-Instruction = Gradient | Linearize | Solve | MixedProduct | Update
+Instruction = Gradient | Linearize | Solve | MixedProduct | ReverseSteps | Update

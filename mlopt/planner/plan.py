@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator
 from mlopt.planner.adjoint import plan_hypergradient
-from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, Solve
+from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, ReverseSteps, Solve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,14 @@ class ProductNeeds:
         hvp: Whether Hessian products are used.
         mixed: Targets of exact mixed products.
         read_gradients: Targets of mixed products by finite differences.
+        curvature: What the Hessian products are products with; see `AbstractEstimator.curvature`.
     """
 
     cotangents: tuple[str, ...] = ()
     hvp: bool = False
     mixed: tuple[str, ...] = ()
     read_gradients: tuple[str, ...] = ()
+    curvature: str = "hessian"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +38,23 @@ class ProblemPlan:
     Attributes:
         name: The problem.
         level: 1 for the lowest.
+        size: Number of trained parameters (of one task).
+        reads: Problems whose trained parameters its loss, or its optimizer's settings, depend on.
         lowers: Problems that must have made their `unroll_steps` since this problem's last step.
         instructions: One step.
         estimator: How a problem above differentiates this problem's optimum.
+        rolled_back: Problems that repeat their unroll after this problem's step, lowest first.
         reached: Names of its parameters that a lower loss reads, through which the hypergradient is more than direct.
     """
 
     name: str
     level: int
+    size: int
+    reads: tuple[str, ...]
     lowers: tuple[str, ...]
     instructions: tuple[Instruction, ...]
     estimator: AbstractEstimator
+    rolled_back: tuple[str, ...]
     reached: frozenset[str]
 
 
@@ -80,10 +88,15 @@ class ExecutionPlan:
         return "\n".join(blocks)
 
 
-def plan_program(graph: Graph) -> ExecutionPlan:
-    """Plan every problem of a graph whose edges are known."""
+def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | None = None) -> ExecutionPlan:
+    """Plan every problem of a graph whose edges are known.
+
+    Args:
+        graph: The problem graph.
+        estimators: The estimator of each problem; default: what the problems ask for, or `CG`.
+    """
     order = list(graph.problems)
-    estimators = {name: problem.hypergradient or CG() for name, problem in graph.problems.items()}
+    estimators = estimators or {name: problem.hypergradient or CG() for name, problem in graph.problems.items()}
     reads = {name: list(graph.reads(name)) for name in order}
     levels = graph.levels()
     problems = []
@@ -92,16 +105,19 @@ def plan_program(graph: Graph) -> ExecutionPlan:
         reached = {
             parameter
             for i in instructions
-            if isinstance(i, MixedProduct) and (name, HYPERGRADIENT) in i.targets
+            if isinstance(i, MixedProduct | ReverseSteps) and (name, HYPERGRADIENT) in i.targets
             for parameter in graph.reads(i.problem)[name]
         }
         problems.append(
             ProblemPlan(
                 name=name,
                 level=levels[name],
+                size=graph.problems[name].num_trained,
+                reads=tuple(reads[name]),
                 lowers=tuple(graph.lowers(name)),
                 instructions=instructions,
                 estimator=estimators[name],
+                rolled_back=tuple(graph.below(name)) if graph.problems[name].roll_back else (),
                 reached=frozenset(reached),
             )
         )
@@ -112,14 +128,22 @@ def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
     cotangents: list[str] = []
     mixed: list[str] = []
     read_gradients: list[str] = []
-    hvp = False
+    hvp, curvature = False, "hessian"
     for instruction in (i for p in problems for i in p.instructions if i.problem == name):
         if isinstance(instruction, Gradient):
             cotangents += [r for r, _ in instruction.cotangents]
         elif isinstance(instruction, Solve):
-            hvp |= instruction.estimator.uses_hvp
+            if instruction.estimator.uses_hvp:
+                hvp, curvature = True, instruction.estimator.curvature
+        elif isinstance(instruction, ReverseSteps):
+            hvp = True
+            mixed += [r for r, _ in instruction.targets]
         elif isinstance(instruction, MixedProduct):
             (mixed if instruction.step is None else read_gradients).extend(r for r, _ in instruction.targets)
     return ProductNeeds(
-        tuple(dict.fromkeys(cotangents)), hvp, tuple(dict.fromkeys(mixed)), tuple(dict.fromkeys(read_gradients))
+        tuple(dict.fromkeys(cotangents)),
+        hvp,
+        tuple(dict.fromkeys(mixed)),
+        tuple(dict.fromkeys(read_gradients)),
+        curvature,
     )

@@ -7,9 +7,10 @@ is verified and which takes its place where it disagrees.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,16 @@ from mlopt.autodiff import (
     GradientGraph,
     LinearizationGraphs,
     ReadGradientGraph,
+    TaskAxis,
     gradient_graph,
+    gradient_over_tasks,
     linearization_graphs,
+    linearization_over_tasks,
     read_gradient_graph,
+    read_gradient_over_tasks,
 )
 from mlopt.autodiff.split import draws_random
-from mlopt.backends import AbstractBackend
+from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import InputRole, LossGraph
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
@@ -54,17 +59,98 @@ class AbstractLinearization(abc.ABC):
 
     @abc.abstractmethod
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
-        """Return ``H v`` [N]."""
+        """Return ``H v`` [N], or ``G v`` if the plan asks for Gauss-Newton products."""
+
+    def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``H v`` for each row of [K, N]."""
+        return torch.stack([self.hvp(row) for row in rows])
 
     @abc.abstractmethod
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``(d2g/dr dtheta)^T q`` [N_r] for each planned target r."""
+
+    def native_hvp(self) -> Any:
+        """Return ``v -> H v`` as a native operator (see `mlopt.linalg.native`), or None."""
+        return None
+
+
+class MeanLinearization(AbstractLinearization):
+    """Products of the mean of several losses: those of the micro-batches of one step."""
+
+    def __init__(self, parts: Sequence[AbstractLinearization]) -> None:
+        self._parts = parts
+
+    def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        """Average over the parts."""
+        return mean([part.hvp(vector) for part in self._parts])
+
+    def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        """Average over the parts."""
+        return mean([part.hvps(rows) for part in self._parts])
+
+    def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Average over the parts."""
+        return mean_of_each([part.mixed(vector) for part in self._parts])
+
+
+def mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Average tensors of one shape; one tensor is returned as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    total = tensors[0] + tensors[1]
+    for tensor in tensors[2:]:
+        total = total + tensor
+    return total / len(tensors)
+
+
+def mean_result(results: Sequence[GradientResult], buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> GradientResult:
+    """Average what the micro-batches of one step gave.
+
+    Args:
+        results: One per micro-batch.
+        buffers: The buffers after the last one.
+
+    Returns:
+        The mean of losses, gradients and metrics. A metric that is no number is that of the last micro-batch.
+    """
+    if len(results) == 1:
+        return results[0]
+    own = []
+    for parts in zip(*(r.own for r in results), strict=True):
+        found = [p for p in parts if p is not None]
+        own.append(mean(found) * (len(found) / len(parts)) if found else None)
+    metrics: dict[str, Any] = {}
+    for name, last in results[-1].metrics.items():
+        values = [r.metrics[name] for r in results if name in r.metrics]
+        averaged = all(isinstance(v, float | torch.Tensor) for v in values)
+        metrics[name] = sum(values[1:], values[0]) / len(values) if averaged else last
+    return GradientResult(
+        loss=mean([r.loss for r in results]),
+        metrics=metrics,
+        own=own,
+        cotangents=mean_of_each([r.cotangents for r in results]),
+        buffers=buffers,
+    )
+
+
+def mean_of_each(products: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Average the entries of several dicts with the same keys."""
+    return {name: mean([p[name] for p in products]) for name in products[0]}
 
 
 class AbstractDerivatives(abc.ABC):
     """Derivatives of one problem's loss on batches of one kind, at the live parameters."""
 
     is_random: bool
+
+    @abc.abstractmethod
+    def at(self, values: Mapping[int, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Evaluate at another point: parameters and buffers have these values inside of the context.
+
+        Args:
+            values: ``id`` of a live tensor -> the value to use in its place. Linearizations made inside of the
+                context must be used inside of it.
+        """
 
     @abc.abstractmethod
     def accepts(self, batch: Batch) -> bool:
@@ -91,6 +177,7 @@ class DerivativeGraphs:
     gradient: GradientGraph
     linearization: LinearizationGraphs | None
     read_gradient: ReadGradientGraph | None
+    has_tasks: bool = False
 
     def modules(self) -> dict[str, torch.fx.GraphModule]:
         """Return the graphs by name, in the order they are used."""
@@ -107,26 +194,61 @@ class DerivativeGraphs:
 
 
 def differentiate(
-    loss: LossGraph, batch: Batch, layouts: Mapping[str, FlatLayout], needs: ProductNeeds
+    loss: LossGraph,
+    batch: Batch,
+    layouts: Mapping[str, FlatLayout],
+    needs: ProductNeeds,
+    axis: TaskAxis | None = None,
 ) -> DerivativeGraphs:
-    """Build the graphs of the derivatives that the program needs."""
-    inputs = bind_inputs(loss, batch)
+    """Build the graphs of the derivatives that the program needs.
+
+    Args:
+        loss: The captured loss; with tasks, of one task.
+        batch: A batch it is valid for; with tasks, of all tasks.
+        layouts: Flat layouts of all problems by name.
+        needs: The derivatives that are used.
+        axis: The loss's task axis, if it has one.
+    """
+    whole = inputs = bind_inputs(loss, batch)
+    if axis is not None:
+        dims = axis.input_dims(loss)
+        inputs = [t if d is None else t[0] for t, d in zip(whole, dims, strict=True)]
+    single = {name: layout.of_one_task for name, layout in layouts.items()}
     linearization = read_gradient = None
     if needs.hvp or needs.mixed:
-        linearization = linearization_graphs(loss, inputs, layouts, hvp=needs.hvp, targets=needs.mixed)
+        linearization = linearization_graphs(
+            loss, inputs, single, hvp=needs.hvp, targets=needs.mixed, curvature=needs.curvature
+        )
     if needs.read_gradients:
-        read_gradient = read_gradient_graph(loss, inputs, layouts, needs.read_gradients)
-    gradient = gradient_graph(loss, inputs, layouts, needs.cotangents)
-    return DerivativeGraphs(loss, gradient, linearization, read_gradient)
+        read_gradient = read_gradient_graph(loss, inputs, single, needs.read_gradients)
+    gradient = gradient_graph(loss, inputs, single, needs.cotangents)
+    if axis is not None:
+        layout = layouts[loss.problem]
+        own = torch.empty(layout.vector_shape, dtype=layout.dtype, device=layout.device)
+        gradient = gradient_over_tasks(gradient, loss, whole, axis)
+        if linearization is not None:
+            linearization = linearization_over_tasks(linearization, loss, whole, own, axis)
+        if read_gradient is not None:
+            read_gradient = read_gradient_over_tasks(read_gradient, loss, whole, own, axis)
+    return DerivativeGraphs(loss, gradient, linearization, read_gradient, has_tasks=axis is not None)
 
 
-def bind_inputs(loss: LossGraph, batch: Batch) -> list[torch.Tensor]:
-    """Return the tensors to call a graph of this loss with: the live ones, and the batch's."""
+def bind_inputs(loss: LossGraph, batch: Batch, values: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Return the tensors to call a graph of this loss with: the live ones (or `values`), and the batch's."""
     from_batch = iter(batch.tensors)
-    return [next(from_batch) if x.role is InputRole.BATCH else _live(x.tensor) for x in loss.inputs]
+    values = values or {}
+    bound = []
+    for x in loss.inputs:
+        if x.role is InputRole.BATCH:
+            bound.append(next(from_batch))
+        else:
+            assert x.tensor is not None
+            bound.append(values.get(id(x.tensor), x.tensor))
+    return bound
 
 
-def _live(tensor: torch.Tensor | None) -> torch.Tensor:
+def _live(loss: LossGraph, position: int) -> torch.Tensor:
+    tensor = loss.inputs[position].tensor
     assert tensor is not None
     return tensor
 
@@ -137,18 +259,36 @@ class GraphDerivatives(AbstractDerivatives):
     def __init__(self, graphs: DerivativeGraphs, backend: AbstractBackend) -> None:
         self.graphs = graphs
         self._loss = graphs.loss
-        self._call = {name: backend.lower(module) for name, module in graphs.modules().items()}
+        modules = graphs.modules()
+        backend.prepare([module for module in modules.values() if not backend.is_prepared(module)])
+        self._call = {name: backend.lower(module) for name, module in modules.items()}
+        self._values: Mapping[int, torch.Tensor] = {}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
+
+    def lowerings(self) -> dict[str, Lowering]:
+        """Return what became of each graph."""
+        return {name: call.lowering for name, call in self._call.items()}
+
+    @contextlib.contextmanager
+    def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Give the graphs other tensors for inputs."""
+        before, self._values = self._values, {**self._values, **values}
+        try:
+            yield
+        finally:
+            self._values = before
 
     def accepts(self, batch: Batch) -> bool:
         """Evaluate the shape guards of every graph."""
         graphs = self.graphs
+        if graphs.has_tasks:
+            return False  # batched graphs hold for the sizes they were made for
         traced = [g.traced for g in (graphs.gradient, graphs.linearization, graphs.read_gradient) if g is not None]
         return all(guard.accepts(batch.tensors) for guard in (self._loss.guard, *(t.guard for t in traced)))
 
     def gradient(self, batch: Batch) -> GradientResult:
         """Run the gradient graph."""
-        inputs = bind_inputs(self._loss, batch)
+        inputs = bind_inputs(self._loss, batch, self._values)
         graph, loss = self.graphs.gradient, self._loss
         outputs = list(self._call["gradient"](*inputs))
         ends = list(itertools.accumulate([1, len(loss.metrics), len(graph.own), len(graph.cotangents)]))
@@ -164,35 +304,44 @@ class GraphDerivatives(AbstractDerivatives):
             metrics={**loss.constant_metrics, **named},
             own=own,
             cotangents=dict(zip(graph.cotangents, cotangents, strict=True)),
-            buffers=[(inputs[i], v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
+            buffers=[(_live(loss, i), v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
         )
 
     def linearize(self, batch: Batch) -> AbstractLinearization:
         """Run the primal graph."""
         graphs = self.graphs.linearization
         assert graphs is not None, f"the plan of {self._loss.problem} needs no linearization"
-        residuals = self._call["primal"](*bind_inputs(self._loss, batch))
-        return _GraphLinearization(residuals, self._call, graphs.targets)
+        residuals = self._call["primal"](*bind_inputs(self._loss, batch, self._values))
+        return _GraphLinearization(residuals, self._call, graphs)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the read-gradient graph."""
         graph = self.graphs.read_gradient
         assert graph is not None, f"the plan of {self._loss.problem} needs no read gradient"
-        outputs = self._call["read gradient"](*bind_inputs(self._loss, batch), own)
+        outputs = self._call["read gradient"](*bind_inputs(self._loss, batch, self._values), own)
         return dict(zip(graph.targets, outputs, strict=True))
 
 
 class _GraphLinearization(AbstractLinearization):
-    def __init__(
-        self, residuals: Sequence[Any], call: Mapping[str, Callable[..., Any]], targets: tuple[str, ...]
-    ) -> None:
+    def __init__(self, residuals: Sequence[Any], call: Mapping[str, Compiled], graphs: LinearizationGraphs) -> None:
         self._residuals = residuals
         self._call = call
-        self._targets = targets
+        self._targets = graphs.targets
+        self._hvp_graph = graphs.hvp
 
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
         (product,) = self._call["hvp"](*self._residuals, vector)
         return product
+
+    def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        # vmap needs torch operations, so it takes the graph itself whatever the backend made of it.
+        graph = self._hvp_graph
+        assert graph is not None
+        with torch.no_grad():
+            return torch.func.vmap(lambda v: graph(*self._residuals, v)[0])(rows)
+
+    def native_hvp(self) -> Any:
+        return self._call["hvp"].native_operator([*self._residuals, None], len(self._residuals))
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))

@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from mlopt import ops
 from mlopt.autodiff import FlatLayout
+from mlopt.autodiff.update import OptimizerState, update_factor
 from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
-from mlopt.linalg import FunctionOperator, Outcome, Solution
-from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solve, Update
+from mlopt.hypergradient import AbstractEstimator
+from mlopt.linalg import (
+    AbstractLinearOperator,
+    BlockOperator,
+    DiagonalOperator,
+    FunctionOperator,
+    Outcome,
+    Solution,
+)
+from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, ReverseSteps, Solve, Update
 from mlopt.planner.instructions import HYPERGRADIENT
 from mlopt.problem import Problem
 from mlopt.runtime.data import Batch, BatchStream
-from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, GradientResult
-from mlopt.runtime.rng import RandomState, frozen_random_state, get_random_state
+from mlopt.runtime.derivatives import (
+    AbstractDerivatives,
+    AbstractLinearization,
+    GradientResult,
+    MeanLinearization,
+    mean_of_each,
+    mean_result,
+)
+from mlopt.runtime.history import History
+from mlopt.runtime.rng import frozen_random_state, get_random_state
+from mlopt.runtime.rollback import Snapshot, Unroll
+from mlopt.runtime.state import ProblemState, Sample
+from mlopt.runtime.unroll import Reversal
 
 Derive = Callable[[str, Batch], AbstractDerivatives]
-
-
-@dataclasses.dataclass
-class ProblemState:
-    """What the runtime remembers of one problem.
-
-    Attributes:
-        stream: Its batches.
-        num_steps: Optimizer steps made.
-        steps_seen: For each lower problem, its `num_steps` when this problem last stepped.
-        batch: The batch of the last step.
-        random_state: The generators before the last step's loss, so that a hypergradient sees that step's masks.
-    """
-
-    stream: BatchStream
-    num_steps: int = 0
-    steps_seen: dict[str, int] = dataclasses.field(default_factory=dict)
-    batch: Batch | None = None
-    random_state: RandomState | None = None
 
 
 @dataclasses.dataclass
@@ -49,12 +52,29 @@ class Pass:
 
     slots: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     linearizations: dict[str, AbstractLinearization] = dataclasses.field(default_factory=dict)
+    solutions: dict[str, Solution] = dataclasses.field(default_factory=dict)
     result: GradientResult | None = None
+    samples: tuple[Sample, ...] = ()
 
     def add(self, slot: str, value: torch.Tensor) -> None:
         """Add a vector into a slot; an empty slot takes it over."""
         present = self.slots.get(slot)
         self.slots[slot] = value if present is None else present + value
+
+
+class _NoProducts(AbstractLinearization):
+    """Stands for the Hessian of a problem whose estimator has said that it does not multiply with it."""
+
+    def __init__(self, estimator: AbstractEstimator) -> None:
+        self._estimator = estimator
+
+    def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        raise ValueError(
+            f"{self._estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
+        )
+
+    def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise AssertionError("mixed products are not asked of an operator")
 
 
 class Executor:
@@ -66,6 +86,9 @@ class Executor:
         layouts: Their flat layouts.
         derive: Gives the derivatives of a problem that are valid for a batch.
         streams: Their batches.
+        seen: For each problem, the others whose tensors its step depends on in any way (default: what its loss has
+            derivatives for); their past values are needed to make a step again.
+        quiet: Do not warn of solves that end badly.
     """
 
     def __init__(
@@ -75,14 +98,26 @@ class Executor:
         layouts: Mapping[str, FlatLayout],
         derive: Derive,
         streams: Mapping[str, BatchStream],
+        *,
+        seen: Mapping[str, Sequence[str]] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.plan = plan
         self.problems = problems
         self.layouts = layouts
         self.states = {name: ProblemState(streams[name]) for name in problems}
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
-        self.solutions: dict[tuple[str, str], Solution] = {}  # the same, for reports
         self._derive = derive
+        self._quiet = quiet
+        self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
+        self._histories = {
+            i.problem: History(
+                problems[i.problem], [problems[r] for r in (seen or {}).get(i.problem, plan[i.problem].reads)], i.steps
+            )
+            for i in sorted(
+                (i for p in plan.problems for i in p.instructions if isinstance(i, ReverseSteps)), key=lambda i: i.steps
+            )
+        }
         self._warned: set[tuple[str, str, Outcome]] = set()
 
     def is_due(self, name: str) -> bool:
@@ -98,81 +133,197 @@ class Executor:
     def step(self, name: str) -> dict[str, Any]:
         """Make one optimizer step of a problem; return its loss and metrics."""
         state = self.states[name]
-        batch = state.stream.peek()
-        before = get_random_state(self.layouts[name].device) if self._derive(name, batch).is_random else None
-        run = self._run(name, batch, keep_guesses=True)
-        result = run.result
-        assert result is not None
-        gradients = self._total_gradient(name, run)
-        state.stream.next()
-        state.batch, state.random_state = batch, before
-        with torch.no_grad():
-            for live, value in result.buffers:
-                live.copy_(value)
-        self._update(name, gradients)
+        count = self.problems[name].gradient_accumulation
+        batches = state.stream.ahead(count)
+        self._begin_unrolls(name)
+        run = self._step_on(name, [Sample(b) for b in batches])
+        assert run.result is not None
+        state.stream.advance(count)
         state.num_steps += 1
         state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
-        return {"loss": result.loss, **result.metrics}
+        for unroll in self._open_unrolls(name):
+            unroll.steps.append((name, state.samples))
+        unroll_below = self._unrolls.pop(name, None)
+        if unroll_below is not None:
+            unroll_below.restore()
+            for lower, count in collections.Counter(n for n, _ in unroll_below.steps).items():
+                if lower in self._histories:
+                    self._histories[lower].rewind(count)
+            for lower, samples in unroll_below.steps:
+                self._step_on(lower, samples)
+        return {"loss": run.result.loss, **run.result.metrics}
 
-    def hypergradient(self, name: str, batch: Batch | None) -> list[torch.Tensor | None]:
-        """Return the total gradient of a problem at the present state; nothing is changed."""
-        batch = self.states[name].stream.peek() if batch is None else batch
+    def _step_on(self, name: str, samples: Sequence[Sample]) -> Pass:
+        """Make one optimizer step on given micro-batches, with their random numbers if they have been used."""
+        run = self._run(name, samples, keep_guesses=True)
+        assert run.result is not None
+        gradients = self.total_gradient(name, run)
+        if name in self._histories:
+            indirect = self.layouts[name].split(run.slots[HYPERGRADIENT]) if HYPERGRADIENT in run.slots else None
+            extra = (
+                None
+                if indirect is None
+                else [None if total is None else part for total, part in zip(gradients, indirect, strict=True)]
+            )
+            self._histories[name].record(run.samples, extra)
+        self.states[name].samples = run.samples
+        with torch.no_grad():
+            for live, value in run.result.buffers:
+                live.copy_(value)
+        self._update(name, gradients)
+        return run
+
+    def _begin_unrolls(self, name: str) -> None:
+        """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
+        for upper in self.plan.problems:
+            if name in upper.rolled_back and upper.name not in self._unrolls:
+                below = {lower: self.problems[lower] for lower in upper.rolled_back}
+                if all(self.states[lower].num_steps >= problem.warmup_steps for lower, problem in below.items()):
+                    self._unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
+
+    def _open_unrolls(self, name: str) -> list[Unroll]:
+        return [self._unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self._unrolls]
+
+    def evaluate(self, name: str, batches: Sequence[Batch] | None = None) -> Pass:
+        """Run a problem's instructions at the present state, its update excepted; nothing is changed."""
+        if batches is None:
+            batches = self.states[name].stream.ahead(self.problems[name].gradient_accumulation)
         with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
-            run = self._run(name, batch, keep_guesses=False)
-        return self._total_gradient(name, run)
+            return self._run(name, [Sample(b) for b in batches], keep_guesses=False)
 
-    def lower_point(self, name: str) -> tuple[Batch, RandomState | None]:
-        """Return the batch and the random state at which a lower problem is differentiated: those of its last step."""
+    def hypergradient(self, name: str, batches: Sequence[Batch] | None) -> list[torch.Tensor | None]:
+        """Return the total gradient of a problem at the present state; nothing is changed."""
+        return self.total_gradient(name, self.evaluate(name, batches))
+
+    def lower_samples(self, name: str) -> tuple[Sample, ...]:
+        """Return what a lower problem is differentiated on: the micro-batches of its last step.
+
+        If it has made none, those it will take next.
+        """
         state = self.states[name]
-        if state.batch is None:  # not stepped yet: the batch it will take next
-            return state.stream.peek(), None
-        return state.batch, state.random_state
+        if state.samples:
+            return state.samples
+        return tuple(Sample(b) for b in state.stream.ahead(self.problems[name].gradient_accumulation))
 
-    def _run(self, name: str, batch: Batch, *, keep_guesses: bool) -> Pass:
+    def _run(self, name: str, samples: Sequence[Sample], *, keep_guesses: bool) -> Pass:
         run = Pass()
         for instruction in self.plan[name].instructions:
             if isinstance(instruction, Gradient):
-                run.result = self._derive(name, batch).gradient(batch)
+                run.result, run.samples = self._gradient(name, samples, {})
                 for read, slot in instruction.cotangents:
                     run.add(slot, run.result.cotangents[read])
             elif isinstance(instruction, Linearize):
-                at, random_state = self.lower_point(instruction.problem)
-                with frozen_random_state(random_state):
-                    run.linearizations[instruction.problem] = self._derive(instruction.problem, at).linearize(at)
+                run.linearizations[instruction.problem] = self.linearize(instruction.problem)
             elif isinstance(instruction, Solve):
                 self._solve(name, instruction, run, keep_guesses=keep_guesses)
             elif isinstance(instruction, MixedProduct):
-                for slot, value in self._mixed(instruction, run):
-                    run.add(slot, -value)
+                products = self.mixed_products(instruction, run)
+                for read, slot in instruction.targets:
+                    run.add(slot, -products[read])
+            elif isinstance(instruction, ReverseSteps):
+                for read, value in self.reverse_steps(instruction, run).items():
+                    run.add(dict(instruction.targets)[read], value)
             else:
                 assert isinstance(instruction, Update)  # by the caller, once nothing can fail any more
         return run
 
+    def gradient_at(self, name: str, samples: Sequence[Sample], values: Mapping[int, torch.Tensor]) -> GradientResult:
+        """Evaluate a problem's loss again, where live tensors (by ``id``) have other values; nothing is changed."""
+        with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
+            return self._gradient(name, samples, values)[0]
+
+    def _gradient(
+        self, name: str, given: Sequence[Sample], values: Mapping[int, torch.Tensor]
+    ) -> tuple[GradientResult, tuple[Sample, ...]]:
+        """Evaluate the mean loss of the micro-batches; each sees the buffers that the one before left."""
+        device = self.layouts[name].device
+        results, samples = [], []
+        moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for sample in given:
+            derivatives = self._derive(name, sample.batch)
+            with frozen_random_state(sample.random_state):
+                before = get_random_state(device) if derivatives.is_random else None
+                samples.append(Sample(sample.batch, before))
+                with derivatives.at({**values, **{key: value for key, (_, value) in moved.items()}}):
+                    results.append(derivatives.gradient(sample.batch))
+            moved.update({id(live): (live, value) for live, value in results[-1].buffers})
+        return mean_result(results, list(moved.values())), tuple(samples)
+
+    def linearize(self, name: str) -> AbstractLinearization:
+        """Return the second-order products of a lower problem at the present state."""
+        parts = []
+        for sample in self.lower_samples(name):
+            with frozen_random_state(sample.random_state):
+                parts.append(self._derive(name, sample.batch).linearize(sample.batch))
+        return parts[0] if len(parts) == 1 else MeanLinearization(parts)
+
+    @contextlib.contextmanager
+    def linearize_at(
+        self, name: str, samples: Sequence[Sample], values: Mapping[int, torch.Tensor]
+    ) -> Iterator[AbstractLinearization]:
+        """Give the second-order products where live tensors (by ``id``) have other values; to be used inside."""
+        with contextlib.ExitStack() as stack:
+            parts = []
+            for sample in samples:
+                derivatives = self._derive(name, sample.batch)
+                stack.enter_context(derivatives.at(values))
+                with frozen_random_state(sample.random_state):
+                    parts.append(derivatives.linearize(sample.batch))
+            yield parts[0] if len(parts) == 1 else MeanLinearization(parts)
+
+    def reverse_steps(self, instruction: ReverseSteps, run: Pass) -> dict[str, torch.Tensor]:
+        """Send a cotangent back through the recorded steps of a problem."""
+        name = instruction.problem
+        problem = self.problems[name]
+
+        def scale(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+            return scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
+
+        reversal = Reversal(problem, self.problems, self.layouts, self._histories[name], self, scale)
+        return reversal.run(run.slots[instruction.rhs], [r for r, _ in instruction.targets], instruction.steps)
+
+    def update_factor(self, name: str) -> torch.Tensor:
+        """Return ``-d theta' / d gradient`` of the step that a problem's optimizer would make now, as a vector."""
+        problem = self.problems[name]
+        parameters = list(problem.trained_parameters().values())
+        own = self.gradient_at(name, self.lower_samples(name), {}).own
+        gradients = scale_gradients(own, problem.clip_norm, normalize=problem.normalize_gradient)
+        state = OptimizerState.of(problem.optimizer, parameters)
+        return self.layouts[name].flatten(update_factor(problem.optimizer, parameters, gradients, state, problem=name))
+
+    def operator(self, name: str, linearization: AbstractLinearization) -> AbstractLinearOperator:
+        """Return a problem's Hessian as an operator."""
+        layout = self.layouts[name]
+        dtype, device, product = layout.dtype, layout.device, linearization.hvp
+        if layout.tasks is None:
+            native = linearization.native_hvp()
+            return FunctionOperator(
+                product, layout.size, rows=linearization.hvps, dtype=dtype, device=device, native=native
+            )
+        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
+
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
-        layout = self.layouts[instruction.problem]
-        linearization = run.linearizations.get(instruction.problem)
-
-        def no_product(_: torch.Tensor) -> torch.Tensor:
-            raise ValueError(
-                f"{instruction.estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
-            )
-
-        product = linearization.hvp if linearization and instruction.estimator.uses_hvp else no_product
-        operator = FunctionOperator(product, layout.size, dtype=layout.dtype, device=layout.device)
-        guess = self.guesses.get(key) if instruction.estimator.warm_start else None
+        estimator = instruction.estimator
+        operator: AbstractLinearOperator
+        if estimator.uses_update:
+            operator = DiagonalOperator(self.update_factor(instruction.problem))
+        elif estimator.uses_hvp:
+            operator = self.operator(instruction.problem, run.linearizations[instruction.problem])
+        else:
+            operator = self.operator(instruction.problem, _NoProducts(estimator))
+        guess = self.guesses.get(key) if estimator.warm_start else None
         with torch.no_grad():
-            solution = instruction.estimator.solve(operator, run.slots[instruction.rhs], guess)
+            solution = estimator.solve(operator, run.slots[instruction.rhs], guess)
         run.slots[instruction.out] = solution.value
-        if keep_guesses:
-            self.solutions[key] = solution
-            if instruction.estimator.warm_start:
-                self.guesses[key] = solution.value
+        run.solutions[instruction.out] = solution
+        if keep_guesses and estimator.warm_start:
+            self.guesses[key] = solution.value
         self._report(name, instruction, solution.outcome)
 
     def _report(self, name: str, instruction: Solve, outcome: Outcome) -> None:
         key = (name, instruction.out, outcome)
-        if outcome < Outcome.DIVERGING or key in self._warned:
+        if self._quiet or outcome < Outcome.DIVERGING or key in self._warned:
             return
         self._warned.add(key)
         warnings.warn(
@@ -182,31 +333,39 @@ class Executor:
             stacklevel=6,
         )
 
-    def _mixed(self, instruction: MixedProduct, run: Pass) -> list[tuple[str, torch.Tensor]]:
+    def mixed_products(self, instruction: MixedProduct, run: Pass) -> dict[str, torch.Tensor]:
+        """Return the products of an instruction, by the problem they belong to."""
         vector = run.slots[instruction.vector]
         if instruction.step is None:
-            products = run.linearizations[instruction.problem].mixed(vector)
-        else:
-            products = self._central_difference(instruction.problem, vector, instruction.step)
-        return [(slot, products[r]) for r, slot in instruction.targets]
+            return run.linearizations[instruction.problem].mixed(vector)
+        return self._central_difference(instruction.problem, vector, instruction.step)
+
+    def own_gradient(self, name: str) -> torch.Tensor:
+        """Return the gradient of a lower problem's own loss where it is differentiated, as a vector."""
+        return self.layouts[name].flatten(self.gradient_at(name, self.lower_samples(name), {}).own)
 
     def _central_difference(self, name: str, vector: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
-        at, random_state = self.lower_point(name)
-        random_state = random_state or get_random_state(self.layouts[name].device)
-        derivatives = self._derive(name, at)
         with torch.no_grad():
             own = self.layouts[name].flatten([p.detach() for p in self.problems[name].trained_parameters().values()])
-            norm = ops.norm(vector)
+            norm = ops.norm(vector.reshape(-1))  # with tasks, of all of them: their products are summed
             # A zero vector has a zero product; the epsilon stays finite so that 0 / (2 eps) is 0.
             epsilon = step / torch.where(norm > 0, norm, torch.ones_like(norm))
-            sides = []
-            for sign in (1, -1):
-                with frozen_random_state(random_state):  # common random numbers: the masks cancel
-                    sides.append(derivatives.read_gradient(at, ops.perturb(own, vector, sign * epsilon)))
-            plus, minus = sides
+            plus, minus = (
+                self._read_gradient(name, ops.perturb(own.view(-1), vector.view(-1), sign * epsilon).view_as(own))
+                for sign in (1, -1)
+            )
             return {r: (plus[r] - minus[r]) / (2 * epsilon) for r in plus}
 
-    def _total_gradient(self, name: str, run: Pass) -> list[torch.Tensor | None]:
+    def _read_gradient(self, name: str, own: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return dg/dr at other own parameters; both sides of a difference draw the same random numbers."""
+        parts = []
+        for sample in self.lower_samples(name):
+            with frozen_random_state(sample.random_state or get_random_state(self.layouts[name].device)):
+                parts.append(self._derive(name, sample.batch).read_gradient(sample.batch, own))
+        return mean_of_each(parts)
+
+    def total_gradient(self, name: str, run: Pass) -> list[torch.Tensor | None]:
+        """Return direct plus indirect gradient of a run, one entry per trained parameter."""
         assert run.result is not None
         indirect = run.slots.get(HYPERGRADIENT)
         if indirect is None:
@@ -222,8 +381,31 @@ class Executor:
 
     def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
         problem = self.problems[name]
+        gradients = scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
         for parameter, gradient in zip(problem.trained_parameters().values(), gradients, strict=True):
             parameter.grad = gradient
+        with torch.no_grad():
+            for given, group in zip(problem.hyperparameters_by_group(), problem.optimizer.param_groups, strict=True):
+                for key, value in given.items():
+                    if isinstance(group[key], torch.Tensor):
+                        group[key].copy_(value)
+                    else:
+                        group[key] = float(value)
         problem.optimizer.step()
         if problem.scheduler is not None:
             problem.scheduler.step()
+
+
+def scale_gradients(
+    gradients: list[torch.Tensor | None], clip_norm: float | None, *, normalize: bool
+) -> list[torch.Tensor | None]:
+    """Clip gradients to a common norm, or scale them to it; nothing waits for the device."""
+    present = [g for g in gradients if g is not None]
+    if not present or (clip_norm is None and not normalize):
+        return gradients
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
+    target = 1.0 if clip_norm is None else clip_norm
+    factor = target / torch.where(norm > 0, norm, 1)
+    if not normalize:
+        factor = factor.clamp(max=1)
+    return [None if g is None else g * factor.to(g.dtype) for g in gradients]

@@ -10,8 +10,8 @@ from torch import fx
 from mlopt import ops
 from mlopt.autodiff import FlatLayout
 from mlopt.graph import Graph
-from mlopt.planner import ExecutionPlan, Gradient, Instruction, Linearize, MixedProduct, Solve, Update
-from mlopt.runtime.derivatives import DerivativeGraphs
+from mlopt.planner import ExecutionPlan, Gradient, Instruction, Linearize, MixedProduct, ReverseSteps, Solve, Update
+from mlopt.runtime.derivatives import GraphDerivatives
 
 
 @dataclasses.dataclass
@@ -22,26 +22,31 @@ class CompileReport:
         backend: Name of the backend.
         layouts: Flat layouts of all problems.
         seconds: Wall time per stage.
-        graphs: Problem -> list of (graph name -> number of calls in it), one entry per capture.
+        graphs: Problem -> its compiled derivatives, one entry per capture.
         residuals: Problem -> how many values the primal half hands to the tangent halves.
         islands: Problem -> why it runs by plain autograd.
+        unverified: Problem -> why its derivatives were not compared with plain autograd.
     """
 
     backend: str
     layouts: Mapping[str, FlatLayout]
     seconds: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"capture": 0.0, "differentiate and lower": 0.0, "verify": 0.0}
+        default_factory=lambda: {"capture": 0.0, "differentiate": 0.0, "lower": 0.0, "verify": 0.0}
     )
-    graphs: dict[str, list[dict[str, int]]] = dataclasses.field(default_factory=dict)
+    graphs: dict[str, list[GraphDerivatives]] = dataclasses.field(default_factory=dict)
     residuals: dict[str, int] = dataclasses.field(default_factory=dict)
     islands: dict[str, str] = dataclasses.field(default_factory=dict)
+    unverified: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def add(self, name: str, graphs: DerivativeGraphs) -> None:
+    def add(self, name: str, derivatives: GraphDerivatives) -> None:
         """Record the graphs of one capture of a problem."""
-        calls = {key: _num_calls(module) for key, module in graphs.modules().items()}
-        self.graphs.setdefault(name, []).append(calls)
-        if graphs.linearization is not None:
-            self.residuals[name] = graphs.linearization.num_residuals
+        self.graphs.setdefault(name, []).append(derivatives)
+        if derivatives.graphs.linearization is not None:
+            self.residuals[name] = derivatives.graphs.linearization.num_residuals
+
+    def replace(self, name: str, old: GraphDerivatives, new: GraphDerivatives) -> None:
+        """Record that other derivatives took the place of those of one capture."""
+        self.graphs[name] = [new if d is old else d for d in self.graphs[name]]
 
 
 def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
@@ -62,22 +67,38 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
     for p in program.problems:
         lines.append(f"one step of {p.name}")
         for i, instruction in enumerate(p.instructions, 1):
-            cost = _cost(instruction)
+            cost = _cost(instruction, program)
             lines.append(f"  {i}. {instruction}{f'   [{cost}]' if cost else ''}")
         lines.append("")
     lines.append("captured graphs (number of calls)")
     rows = []
     for name, captures in report.graphs.items():
-        for i, calls in enumerate(captures):
+        for i, derivatives in enumerate(captures):
             label = name if i == 0 else f"{name} (capture {i + 1})"
-            rows.append((label, ", ".join(f"{key} {count}" for key, count in calls.items()), _residuals(report, name)))
+            modules = derivatives.graphs.modules().items()
+            calls = ", ".join(f"{key} {_num_calls(module)}" for key, module in modules)
+            rows.append((label, calls, _residuals(report, name)))
     lines += _table(rows)
+    lines += _lowering_lines(report)
     if report.islands:
         lines += ["", "eager islands (plain autograd on the user's code, same results)"]
         lines += [f"  {name}: {reason}".replace("\n", "\n    ") for name, reason in report.islands.items()]
         lines.append("")
+    lines += [f"not verified: {name}: {reason}" for name, reason in report.unverified.items()]
     lines.append("compile time: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()))
     return "\n".join(lines)
+
+
+def _lowering_lines(report: CompileReport) -> list[str]:
+    """Say for each graph what runs it, where that is not simply the eager backend."""
+    rows = [
+        (name if i == 0 else f"{name} (capture {i + 1})", key, lowering.backend, lowering.note)
+        for name, captures in report.graphs.items()
+        for i, derivatives in enumerate(captures)
+        for key, lowering in derivatives.lowerings().items()
+        if (lowering.backend, lowering.note) != ("eager", "")
+    ]
+    return ["", "what runs each graph", *_table(rows), ""] if rows else []
 
 
 def _problem_rows(graph: Graph, program: ExecutionPlan, report: CompileReport) -> list[tuple[str, ...]]:
@@ -88,7 +109,7 @@ def _problem_rows(graph: Graph, program: ExecutionPlan, report: CompileReport) -
             (
                 f"level {p.level}",
                 p.name,
-                f"{report.layouts[p.name].size:,} parameters",
+                (f"{problem.tasks} x " if problem.tasks else "") + f"{p.size:,} parameters",
                 type(problem.optimizer).__name__,
                 schedule_text(graph, program, p.name),
             )
@@ -117,14 +138,21 @@ def _edge_rows(graph: Graph) -> list[tuple[str, ...]]:
     return rows
 
 
-def _cost(instruction: Instruction) -> str:
+def _cost(instruction: Instruction, program: ExecutionPlan) -> str:
     if isinstance(instruction, Gradient):
         return "1 forward, 1 backward"
     if isinstance(instruction, Linearize):
         return "1 forward, 1 backward"
     if isinstance(instruction, Solve):
-        most = instruction.estimator.max_hvps
-        return f"at most {_count(most, 'Hessian product')}" if most else "no Hessian product"
+        most = instruction.estimator.max_hvps(program[instruction.problem].size)
+        noun = "Gauss-Newton product" if instruction.estimator.curvature == "ggn" else "Hessian product"
+        products = f"at most {_count(most, noun)}" if most else f"no {noun}"
+        return "1 forward, 1 backward" if instruction.estimator.uses_update else products
+    if isinstance(instruction, ReverseSteps):
+        n = instruction.steps
+        return (
+            f"at most {2 * n} forward, {2 * n} backward, {_count(n, 'Hessian product')}, {_count(n, 'mixed product')}"
+        )
     if isinstance(instruction, MixedProduct):
         return "1 tangent pass" if instruction.step is None else "2 forward, 2 backward"
     assert isinstance(instruction, Update)

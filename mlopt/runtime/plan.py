@@ -11,6 +11,7 @@ from mlopt.drawing import write_svg
 from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan
 from mlopt.problem import Problem
+from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 
@@ -29,12 +30,20 @@ class Plan:
         num_steps: Global steps made.
     """
 
-    def __init__(self, graph: Graph, program: ExecutionPlan, executor: Executor, report: CompileReport) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        program: ExecutionPlan,
+        executor: Executor,
+        report: CompileReport,
+        reference: Reference,
+    ) -> None:
         self.graph = graph
         self.program = program
         self.num_steps = 0
         self._executor = executor
         self._report = report
+        self._reference = reference
 
     def step(self) -> StepResult:
         """Make one global step: every lowest problem steps once, then each problem whose turn it is, upwards.
@@ -91,13 +100,26 @@ class Plan:
         if name not in self.graph.problems:
             raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
         executor = self._executor
-        flattened = None if batch is None else executor.states[name].stream.flatten(batch)
+        flattened = None if batch is None else [executor.states[name].stream.flatten(batch)]
         gradients = executor.hypergradient(name, flattened)
         parameters = self.graph.problems[name].trained_parameters()
         return {
             key: torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
             for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
+
+    def check(self) -> Report:
+        """Measure how good the hypergradients are at the present state; nothing is stepped or moved.
+
+        Every estimate is compared with a reference from plain autograd on the user's code and an accurate solve (the
+        whole Hessian up to 1,500 parameters, else conjugate gradients to 1e-7). The report tells errors, residuals,
+        the signs of the curvature, how far the lower problems are from their optimum and what that does to the
+        hypergradient, and hypergradients that are zero. It costs many times a step: for a look now and then.
+
+        Returns:
+            The report; print it.
+        """
+        return check(self.graph, self._executor, self._reference)
 
     def explain(self) -> str:
         """Describe the program: problems, edges, what a step of each problem runs, what it costs, what was compiled."""

@@ -18,8 +18,10 @@ from mlopt.capture.export import check_loss, split_result
 from mlopt.capture.output import silenced
 from mlopt.planner import ProductNeeds
 from mlopt.problem import Problem
+from mlopt.runtime.curvature import LossFunctionRecorder, curvature_gradient
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, GradientResult
+from mlopt.runtime.exchange import exchanged
 
 
 class AutogradDerivatives(AbstractDerivatives):
@@ -45,6 +47,22 @@ class AutogradDerivatives(AbstractDerivatives):
         self._problems = problems
         self._layouts = layouts
         self._needs = needs
+        self._leaves: Mapping[str, list[torch.Tensor]] = {}
+
+    @contextlib.contextmanager
+    def on_leaves(self, leaves: Mapping[str, list[torch.Tensor]]) -> Iterator[None]:
+        """Differentiate by these tensors, which the modules hold now, instead of the live parameters."""
+        self._leaves = leaves
+        try:
+            yield
+        finally:
+            self._leaves = {}
+
+    @contextlib.contextmanager
+    def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:
+        """Exchange the data of the live tensors, as long as anything recorded on them may be used."""
+        with exchanged(self._problems.values(), values):
+            yield
 
     def accepts(self, batch: Batch) -> bool:
         """Any batch will do: the code runs anew."""
@@ -54,7 +72,7 @@ class AutogradDerivatives(AbstractDerivatives):
         """Run `training_step` and differentiate it once."""
         with self._buffers() as buffers:
             loss, metrics = self._loss(batch)
-            own = list(self._problem.trained_parameters().values())
+            own = self._parameters(self._problem.name)
             reads = {name: self._parameters(name) for name in self._needs.cotangents}
             gradients = iter(
                 torch.autograd.grad(loss, [*own, *(p for group in reads.values() for p in group)], allow_unused=True)
@@ -68,17 +86,15 @@ class AutogradDerivatives(AbstractDerivatives):
         return GradientResult(loss.detach().reshape(()), detached, own_gradients, cotangents, moved)
 
     def reads(self, batch: Batch) -> dict[str, tuple[str, ...]]:
-        """Return, for each other problem, the names of its trained parameters that the loss has a gradient for."""
+        """Return, for each problem, the names of its trained parameters that the loss has a gradient for."""
         parameters = [
             (name, key, p)
-            for name, problem in self._problems.items()
-            if name != self._problem.name
-            for key, p in problem.trained_parameters().items()
+            for name in self._problems
+            for key, p in zip(self._layouts[name].names, self._parameters(name), strict=True)
         ]
         with silenced(), self._buffers():
             loss, _ = self._loss(batch)
-            wanted = [p for _, _, p in parameters]
-            gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()
+            gradients = torch.autograd.grad(loss, [p for _, _, p in parameters], allow_unused=True)
         found: dict[str, list[str]] = {}
         for (name, key, _), gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
@@ -88,15 +104,19 @@ class AutogradDerivatives(AbstractDerivatives):
     def linearize(self, batch: Batch) -> AbstractLinearization:
         """Run `training_step`, silently, and keep its gradient differentiable."""
         with silenced(), self._buffers():
-            loss, _ = self._loss(batch)
-            own = list(self._problem.trained_parameters().values())
+            with self._recorder() as recorder:
+                loss, _ = self._loss(batch)
+            own = self._parameters(self._problem.name)
             gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
+            curved: Sequence[torch.Tensor | None] = gradients
+            if recorder is not None:
+                curved = curvature_gradient(self._problem.name, loss, recorder, own, gradients)
         targets = {name: self._parameters(name) for name in self._needs.mixed}
-        return _AutogradLinearization(own, gradients, self._layouts, self._problem.name, targets)
+        return _AutogradLinearization(own, gradients, curved, self._layouts, self._problem.name, targets)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Set the own parameters, differentiate by what is read, put the parameters back."""
-        parameters = list(self._problem.trained_parameters().values())
+        parameters = self._parameters(self._problem.name)
         before = [p.detach().clone() for p in parameters]
         _assign(parameters, self._layouts[self._problem.name].split(own))
         try:
@@ -113,7 +133,13 @@ class AutogradDerivatives(AbstractDerivatives):
         finally:
             _assign(parameters, before)
 
+    def _recorder(self) -> contextlib.AbstractContextManager[LossFunctionRecorder | None]:
+        uses_ggn = self._needs.hvp and self._needs.curvature == "ggn"
+        return LossFunctionRecorder(self._parameters(self._problem.name)) if uses_ggn else contextlib.nullcontext()
+
     def _parameters(self, name: str) -> list[torch.Tensor]:
+        if name in self._leaves:
+            return self._leaves[name]
         return list(self._problems[name].trained_parameters().values())
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, Mapping[str, object]]:
@@ -153,22 +179,28 @@ class _AutogradLinearization(AbstractLinearization):
         self,
         own: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor | None],
+        curved: Sequence[torch.Tensor | None],
         layouts: Mapping[str, FlatLayout],
         problem: str,
         targets: Mapping[str, Sequence[torch.Tensor]],
     ) -> None:
-        self._own, self._gradients = own, gradients
+        self._own, self._gradients, self._curved = own, gradients, curved
         self._layouts, self._problem, self._targets = layouts, problem, targets
 
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
-        return self._product(vector, {self._problem: self._own})[self._problem]
+        return self._product(self._curved, vector, {self._problem: self._own})[self._problem]
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self._product(vector, self._targets)
+        return self._product(self._gradients, vector, self._targets)
 
-    def _product(self, vector: torch.Tensor, groups: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _product(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        vector: torch.Tensor,
+        groups: Mapping[str, Sequence[torch.Tensor]],
+    ) -> dict[str, torch.Tensor]:
         parts = self._layouts[self._problem].split(vector)
-        curved = [(g, v) for g, v in zip(self._gradients, parts, strict=True) if g is not None and g.requires_grad]
+        curved = [(g, v) for g, v in zip(gradients, parts, strict=True) if g is not None and g.requires_grad]
         wanted = [t for group in groups.values() for t in group]
         products = iter(
             torch.autograd.grad(

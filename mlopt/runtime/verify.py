@@ -2,86 +2,152 @@
 
 Products are compared rather than hypergradients: a solver multiplies a difference by the condition number of H, so a
 hypergradient would need a loose tolerance, while every product agrees to rounding, and a wrong one is named.
+
+How much rounding may do depends on the loss: sums are ordered differently, and a deep network with BatchNorm and kinked
+activations multiplies that (ResNet-32 in float32: 1e-3 in the gradient, 3e-3 in a Hessian product). No fixed tolerance
+is both wide enough for it and narrow enough for a small loss. So a narrow one is tried first, and where it is exceeded
+plain autograd is run again with every parameter and input off by one rounding error: a difference of the size of what
+that does is rounding, a much larger one is a mistake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from mlopt.autodiff import FlatLayout
 from mlopt.capture.output import silenced
 from mlopt.planner import ProductNeeds
+from mlopt.problem import Problem
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives
+from mlopt.runtime.perturb import perturb, perturbed_parameters
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 
-# Largest relative difference ||a - b|| / ||b|| that two correct evaluations may show: the sums are ordered differently.
-# Each is well above what ResNet-size losses show (float32: about 1e-5) and well below any mistake in a formula.
+logger = logging.getLogger(__name__)
+
+# Largest relative difference ||a - b|| / ||b|| of two evaluations that needs no further look. Well below what a mistake
+# in a formula does, and in float64 well above what reordered sums do.
 _TOLERANCES = {
     torch.float64: 1e-8,
-    torch.float32: 2e-3,
-    torch.float16: 1e-1,
-    torch.bfloat16: 1e-1,
+    torch.float32: 1e-4,
+    torch.float16: 3e-2,
+    torch.bfloat16: 3e-2,
 }
+
+# A difference may be so many times as large as what one rounding error per parameter does. On ResNet-32 they are equal;
+# a kink that is crossed on one side only makes single products differ by a few times.
+_NOISE_RATIO = 10.0
+
+# A loss so badly conditioned that one rounding error per parameter changes a product by this much cannot be checked;
+# the difference is then reported.
+_MOST_NOISE = 0.05
+
+Products = dict[str | torch.Tensor, torch.Tensor]
 
 
 def find_disagreement(
     compiled: AbstractDerivatives,
     reference: AbstractDerivatives,
-    batch: Batch,
+    problem: Problem,
+    problems: Mapping[str, Problem],
     layout: FlatLayout,
-    own: torch.Tensor,
     needs: ProductNeeds,
+    batch: Batch,
 ) -> str | None:
-    """Compare all derivatives that the program uses, at the live parameters.
+    """Compare all derivatives of one problem that the program uses, at the live parameters, with plain autograd.
 
-    Both sides draw the same random numbers; no state is changed.
+    All evaluations draw the same random numbers; no state is changed.
 
     Args:
         compiled: Derivatives under test.
         reference: Derivatives to trust.
-        batch: The batch to compare on.
+        problem: The problem.
+        problems: All problems of the graph.
         layout: Layout of the problem's parameters.
-        own: The problem's parameters [N].
         needs: What to compare.
+        batch: The batch to compare on.
 
     Returns:
         None if they agree, else one line that names the derivative and the difference.
     """
     tolerance = max(_TOLERANCES.get(d, 1e-8) for d in layout.dtypes)
-    floor = 100 * max(torch.finfo(d).eps for d in layout.dtypes)  # of a product that is zero but for rounding
     state = get_random_state(layout.device)
     with frozen_random_state(state):
-        got = dict(_evaluate(compiled, batch, layout, own, needs))
+        got = _evaluate(compiled, problem, batch, layout, needs)
     with frozen_random_state(state), silenced():
-        expected = dict(_evaluate(reference, batch, layout, own, needs))
+        expected = _evaluate(reference, problem, batch, layout, needs)
+    # Rounding alone leaves something of this size of a product that is zero.
+    natural = min(1.0, max(float(expected["loss"].abs()), float(expected["gradient"].norm())))
+    floor = 10 * max(torch.finfo(d).eps for d in layout.dtypes) * natural
+    noisy: list[Products] = []
     for name in expected | got:
         # A buffer that only one side reports was left alone by the other.
         a = got.get(name, name)
         b = expected.get(name, name)
         assert isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor), f"only one side has {name}"
-        a, b = a.double(), b.double()
-        scale, difference = b.norm(), (a - b).norm()
-        if not torch.isfinite(scale):
+        scale, difference = float(b.double().norm()), _distance(a, b)
+        if not math.isfinite(scale):
             continue  # a loss that is not finite at the start is reported by the first step
-        if not difference <= tolerance * scale + floor:
-            relative = float(difference / scale) if scale > 0 else float("inf")
-            label = name if isinstance(name, str) else "buffer written by the loss"
-            return (
-                f"{label}: relative difference {relative:.2e}, tolerance {tolerance:.0e} "
-                f"(norms {float(a.norm()):.4e} and {float(scale):.4e})"
-            )
+        if difference <= tolerance * scale + floor:
+            continue
+        if not noisy:
+            noisy.append(_with_noise(0, reference, problem, problems, layout, needs, batch))
+        if _explains(noisy, name, b, difference):
+            continue
+        if len(noisy) == 1:  # one draw of the noise may be a lucky one
+            noisy.append(_with_noise(1, reference, problem, problems, layout, needs, batch))
+        if _explains(noisy, name, b, difference):
+            continue
+        label = name if isinstance(name, str) else "buffer written by the loss"
+        relative = difference / scale if scale > 0 else float("inf")
+        return (
+            f"{label}: relative difference {relative:.2e}, tolerance {tolerance:.0e} "
+            f"(norms {float(a.double().norm()):.4e} and {scale:.4e})"
+        )
     return None
 
 
-def _evaluate(
-    derivatives: AbstractDerivatives,
-    batch: Batch,
+def _explains(noisy: list[Products], name: str | torch.Tensor, value: torch.Tensor, difference: float) -> bool:
+    """Whether a difference from `value` is of the size that rounding errors of parameters and inputs cause."""
+    noise = max((_distance(products[name], value) for products in noisy if name in products), default=0.0)
+    logger.debug("difference %.1e, noise %.1e", difference, noise)
+    return noise <= _MOST_NOISE * float(value.double().norm()) and difference <= _NOISE_RATIO * noise
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm())
+
+
+def _with_noise(
+    seed: int,
+    reference: AbstractDerivatives,
+    problem: Problem,
+    problems: Mapping[str, Problem],
     layout: FlatLayout,
-    own: torch.Tensor,
     needs: ProductNeeds,
+    batch: Batch,
+) -> Products:
+    """Return the products by plain autograd at parameters and inputs that are off by one rounding error each."""
+    generator = torch.Generator().manual_seed(seed)
+    state = get_random_state(layout.device)
+    with perturbed_parameters(problems, generator), frozen_random_state(state), silenced():
+        moved = dataclasses.replace(batch, tensors=perturb(batch.tensors, generator))
+        return _evaluate(reference, problem, moved, layout, needs)
+
+
+def _evaluate(
+    derivatives: AbstractDerivatives, problem: Problem, batch: Batch, layout: FlatLayout, needs: ProductNeeds
+) -> Products:
+    return dict(_products(derivatives, problem, batch, layout, needs))
+
+
+def _products(
+    derivatives: AbstractDerivatives, problem: Problem, batch: Batch, layout: FlatLayout, needs: ProductNeeds
 ) -> Iterator[tuple[str | torch.Tensor, torch.Tensor]]:
     """Yield every product under its name; buffers under the live tensor itself."""
     state = get_random_state(layout.device)
@@ -92,16 +158,22 @@ def _evaluate(
         yield f"cotangent of {name!r}", value
     yield from result.buffers
     generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(layout.size, generator=generator, dtype=torch.float64).to(layout.dtype).to(layout.device)
+    vector = (
+        torch.randn(layout.vector_shape, generator=generator, dtype=torch.float64).to(layout.dtype).to(layout.device)
+    )
     if needs.hvp or needs.mixed:
         with frozen_random_state(state):
             linearization = derivatives.linearize(batch)
         if needs.hvp:
-            yield "Hessian-vector product", linearization.hvp(vector)
+            yield (
+                f"{'Gauss-Newton' if needs.curvature == 'ggn' else 'Hessian'}-vector product",
+                linearization.hvp(vector),
+            )
         if needs.mixed:
             for name, value in linearization.mixed(vector).items():
                 yield f"mixed product with {name!r}", value
     if needs.read_gradients:
+        own = layout.flatten([p.detach() for p in problem.trained_parameters().values()])
         with frozen_random_state(state):
             for name, value in derivatives.read_gradient(batch, own).items():
                 yield f"gradient with respect to {name!r}", value

@@ -617,6 +617,30 @@ def _(self, batch):
         return weighted(self, self.module(batch[0]), batch[1])
 
 
+@kind("random noise in the loss", why="the same noise in all passes")
+def _(self, batch):
+    x, y = batch
+    return weighted(self, self.module(x + 0.1 * torch.randn_like(x)), y)
+
+
+@kind("upper parameters read live and detached", why="the detached value is a constant")
+def _(self, batch):
+    x, y = batch
+    return weighted(self, self.module(x), y) * self.upper().detach().mean()
+
+
+def two_groups(lower, upper):
+    first, last = lower.module[0].parameters(), lower.module[2].parameters()
+    groups = [{"params": list(first), "lr": 0.5, "weight_decay": 0.1}, {"params": list(last), "lr": 0.001}]
+    lower.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+
+
+@kind("parameter groups with settings of their own", fix=two_groups, why="used as given (Betty: one group of defaults)")
+def _(self, batch):
+    x, y = batch
+    return weighted(self, self.module(x), y)
+
+
 @kind("loss that is no scalar", status="LossError")
 def _(self, batch):
     return self.module(batch[0]) * self.upper()

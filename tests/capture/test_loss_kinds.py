@@ -110,7 +110,7 @@ def test_kind(name, dtype, capsys):
     assert ("lower" in plan._report.islands) == (kind.status == "island")
 
     plan._executor.step("lower")
-    state = plan._executor.states["lower"].random_state
+    state = plan._executor.states["lower"].samples[0].random_state
     state = torch.get_rng_state() if state is None else state.cpu
     upper_state = torch.get_rng_state()
     before = buffers(lower, upper)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mlopt.passes import merge_equal_nodes_pass, remove_dead_nodes_pass, remove_identities_pass, run_default_passes
+from mlopt.passes import (
+    has_writes,
+    merge_equal_nodes_pass,
+    remove_dead_nodes_pass,
+    remove_fresh_writes_pass,
+    remove_identities_pass,
+    run_default_passes,
+)
 
 X = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -31,6 +38,11 @@ CASES = {
     "dead": (remove_dead_nodes_pass, lambda x: (x.exp(), x.sin())[:1], 1),
     # The first of the two transposes is left for dead-code removal.
     "identities": (remove_identities_pass, lambda x: (x.detach().clone().t().t().view(4, 4).exp(),), 2),
+    "writes to fresh tensors": (
+        remove_fresh_writes_pass,
+        lambda x: (x.clone().mul_(2).add_(1), x.clone().lerp_(x, 0.5)),
+        5,
+    ),
     "a clone that changes the layout stays": (
         remove_identities_pass,
         lambda x: (x.clone(memory_format=torch.contiguous_format),),
@@ -58,3 +70,31 @@ def test_random_calls_stay():
     assert calls(module) == 3
     dead = traced(lambda x: (torch.rand_like(x), x.exp())[1:])
     assert calls(run_default_passes(dead)) == 2
+
+
+def writes_twice(x):
+    a = x.clone()
+    b = a.t()
+    a.mul_(2)
+    return (a, b)
+
+
+def writes_an_input(x):
+    return (x.add_(1),)
+
+
+def writes_another_dtype(x):
+    return (x.int().add_(x.int()), x.to(torch.float16).add_(x[0, 0].half()), x.half().add_(x))
+
+
+@pytest.mark.parametrize(("function", "left"), [(writes_twice, 1), (writes_an_input, 1), (writes_another_dtype, 1)])
+def test_writes_that_others_see_stay(function, left):
+    module = make_fx(function)(X.clone())
+    expected = function(X.clone())
+    remove_fresh_writes_pass(module)
+    mutable = [n for n in module.graph.nodes if n.op == "call_function" and n.target._schema.is_mutable]
+    assert len(mutable) == left
+    assert has_writes(module)
+    for a, b in zip(module(X.clone()), expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)

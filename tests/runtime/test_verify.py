@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mlopt
+from mlopt.runtime import derivatives, verify
 from tests.helpers.bilevel import Classifier, compiled, make
 
 
@@ -83,8 +85,6 @@ def test_strict_raises():
 @pytest.mark.parametrize("estimator", [mlopt.CG(max_steps=2), mlopt.FiniteDifference(exact=False)])
 def test_every_product_is_compared(estimator, monkeypatch):
     """Bend each product in turn: verification names it."""
-    from mlopt.runtime import derivatives, verify
-
     bent = []
 
     def bend(name, value):
@@ -94,18 +94,87 @@ def test_every_product_is_compared(estimator, monkeypatch):
     plan, lower, _ = compiled(hypergradient=estimator, batch_norm=True)
     compiler = plan._executor._derive.__self__
     needs = plan.program.needs["classifier"]
-    layout = plan._executor.layouts["classifier"]
-    own = layout.flatten([p.detach() for p in lower.trained_parameters().values()])
     batch = plan._executor.states["classifier"].stream.peek()
-    reference = mlopt.runtime.reference.AutogradDerivatives(lower, plan.graph.problems, plan._executor.layouts, needs)
     graphs = compiler.derive("classifier", batch)
+    problems, layouts = plan.graph.problems, plan._executor.layouts
+    layout = layouts["classifier"]
+    reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
     assert isinstance(graphs, derivatives.GraphDerivatives)
-    assert verify.find_disagreement(graphs, reference, batch, layout, own, needs) is None
+    assert verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch) is None
     for name, call in list(graphs._call.items()):
         if name == "primal":
             continue  # hands over residuals, which the tangent halves read
         monkeypatch.setitem(graphs._call, name, lambda *a, call=call, name=name: [bend(name, o) for o in call(*a)])
-        message = verify.find_disagreement(graphs, reference, batch, layout, own, needs)
+        message = verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch)
         assert message is not None and "relative difference" in message, name
         monkeypatch.setitem(graphs._call, name, call)
     assert bent
+
+
+NUM_ITERATIONS = 16
+
+
+class Chaotic(Classifier):
+    """Rounding in float32 grows past any fixed tolerance on its way through the logistic map."""
+
+    def training_step(self, batch):
+        x, y = batch
+        p = torch.softmax(self.module(x), dim=1)
+        for _ in range(NUM_ITERATIONS):
+            p = 3.9 * p * (1 - p)
+        losses = F.cross_entropy(p, y, reduction="none")
+        return (self.reweight(losses.detach()[:, None]).squeeze(1) * losses).mean()
+
+
+def perturbed(call, size):
+    """Bend a graph's floating-point outputs, each by a relative error of `size`."""
+
+    def run(*args):
+        out = call(*args)
+        noise = [torch.randn_like(o) for o in out]
+        return [o + size * o.norm() / n.norm() * n for o, n in zip(out, noise, strict=True)]
+
+    return run
+
+
+def test_rounding_is_told_from_mistakes(monkeypatch):
+    """Where one rounding error per parameter does more than the tolerance, so may the graph; not 100 times as much."""
+    plan, lower, _ = compiled(classifier=Chaotic, dtype=torch.float32)
+    assert not plan._report.islands
+    problems, layouts, needs = plan.graph.problems, plan._executor.layouts, plan.program.needs["classifier"]
+    layout = layouts["classifier"]
+    reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
+    batch = plan._executor.states["classifier"].stream.peek()
+    graphs = plan._executor._derive.__self__.derive("classifier", batch)
+    parameters = list(lower.module.parameters())
+    storages = [p.data_ptr() for p in parameters]
+    values = [p.detach().clone() for p in parameters]
+    noisy = verify._with_noise(0, reference, lower, problems, layout, needs, batch)["Hessian-vector product"]
+    assert [p.data_ptr() for p in parameters] == storages
+    assert all(torch.equal(p, v) for p, v in zip(parameters, values, strict=True))
+    product = verify._evaluate(reference, lower, batch, layout, needs)["Hessian-vector product"]
+    rounding = float((noisy - product).norm() / product.norm())
+    assert rounding > 2e-4, "the loss is not chaotic enough for this test"
+    for error, agrees in ((2 * rounding, True), (100 * rounding, False)):
+        with monkeypatch.context() as patch:
+            patch.setitem(graphs._call, "hvp", perturbed(graphs._call["hvp"], error))
+            message = verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch)
+        assert (message is None) == agrees, (error, message)
+
+
+def test_small_losses_are_compared_too(monkeypatch):
+    """A loss scaled by 1e-7 has products below any absolute floor; a mistake in them is still one."""
+
+    class Small(Classifier):
+        def training_step(self, batch):
+            return 1e-7 * super().training_step(batch)
+
+    plan, lower, _ = compiled(classifier=Small, dtype=torch.float32)
+    problems, layouts, needs = plan.graph.problems, plan._executor.layouts, plan.program.needs["classifier"]
+    layout = layouts["classifier"]
+    reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
+    batch = plan._executor.states["classifier"].stream.peek()
+    graphs = plan._executor._derive.__self__.derive("classifier", batch)
+    assert verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch) is None
+    monkeypatch.setitem(graphs._call, "gradient", perturbed(graphs._call["gradient"], 0.01))
+    assert "relative difference" in verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from mlopt import ops
+from mlopt.linalg.native import run_cg
 from mlopt.linalg.operator import AbstractLinearOperator
 from mlopt.linalg.solution import Outcome, Solution
 
@@ -54,17 +57,24 @@ def cg(
     p = r.clone()
     state = ops.cg_init(r, rtol * scale)
     columns = ops.CgState(state)
-    for step in range(max_steps):
-        if step % check_every == 0 and not bool((columns.status == ops.CgState.RUNNING).any()):
-            break
-        ops.cg_step_(x, r, p, apply(p), state)
-    outcomes = torch.zeros_like(columns.status, dtype=torch.int64)
-    for status, outcome in _OUTCOMES.items():
-        outcomes[columns.status == status] = int(outcome)
+    if operator.native is not None and ops.is_native(x):
+        run_cg(operator.native, x, r, p, state, max_steps, check_every)
+    else:
+        for step in range(max_steps):
+            if step % check_every == 0 and not bool((columns.status == ops.CgState.RUNNING).any()):
+                break
+            ops.cg_step_(x, r, p, apply(p), state)
+    outcomes = _outcome_of_status(b.device)[columns.status.to(torch.int64)]
     # A residual that is not finite before the first step is never "at or below tolerance" and keeps running.
-    outcomes[~torch.isfinite(columns.rr)] = int(Outcome.NON_FINITE)
+    outcomes = torch.where(torch.isfinite(columns.rr), outcomes, int(Outcome.NON_FINITE))
     relative = torch.where(scale > 0, columns.rr.sqrt() / torch.where(scale > 0, scale, 1), 0)
     return Solution(x, outcomes, columns.num_steps.to(torch.int64), relative)
+
+
+@functools.cache
+def _outcome_of_status(device: torch.device) -> torch.Tensor:
+    """Return the table from `CgState.status` to `Outcome`; one look-up, because a small solve is a few microseconds."""
+    return torch.tensor([int(_OUTCOMES[status]) for status in range(len(_OUTCOMES))], device=device)
 
 
 def _best_start(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mlopt import ops
+from mlopt.linalg.native import run_neumann
 from mlopt.linalg.operator import AbstractLinearOperator
 from mlopt.linalg.solution import Outcome, Solution
 
@@ -26,11 +27,14 @@ def neumann(operator: AbstractLinearOperator, b: torch.Tensor, *, num_terms: int
         outcome is `DIVERGING` where it is above 1, else `CONVERGED`. (The terms are also the residuals:
         ``b - A x_{K-1} = (I - scale A)^{K-1} b``.)
     """
-    term = b.clone()
-    total = b.clone()
-    for _ in range(num_terms - 1):
-        product = operator.mv(term) if term.ndim == 1 else operator.mm(term)
-        ops.neumann_step_(term, total, product, scale)
+    term = b.clone(memory_format=torch.contiguous_format)
+    total = term.clone()
+    if operator.native is not None and ops.is_native(term):
+        run_neumann(operator.native, term, total, num_terms, scale)
+    else:
+        for _ in range(num_terms - 1):
+            product = operator.mv(term) if term.ndim == 1 else operator.mm(term)
+            ops.neumann_step_(term, total, product, scale)
     size, start = ops.norm(term), ops.norm(b)
     ratio = torch.where(start > 0, size / start, torch.zeros_like(size))
     outcomes = torch.where(ratio > 1, int(Outcome.DIVERGING), int(Outcome.CONVERGED))

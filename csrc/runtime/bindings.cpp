@@ -1,0 +1,72 @@
+// The runtime classes in Python. Package and Call are documented where they are used, mlopt/backends/inductor/, the
+// operators and the loops in mlopt/linalg/.
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "call.h"
+#include "operator.h"
+#include "solvers.h"
+
+namespace py = pybind11;
+
+namespace mlopt {
+
+void bind_runtime(py::module& m) {
+  // torch's errors with their message alone; the C++ stack that follows it helps nobody in Python.
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const c10::Error& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+    }
+  });
+
+  py::class_<Package, std::shared_ptr<Package>>(m, "Package")
+      .def(py::init<const std::string&, std::vector<at::ScalarType>>(), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<LinearOperator, std::shared_ptr<LinearOperator>>(m, "LinearOperator")
+      .def("apply", &LinearOperator::apply, py::call_guard<py::gil_scoped_release>());
+  py::class_<PackageOperator, LinearOperator, std::shared_ptr<PackageOperator>>(m, "PackageOperator");
+  py::class_<CallbackOperator, LinearOperator, std::shared_ptr<CallbackOperator>>(m, "CallbackOperator")
+      .def(py::init<py::function>());
+  py::class_<DampedOperator, LinearOperator, std::shared_ptr<DampedOperator>>(m, "DampedOperator")
+      .def(py::init<std::shared_ptr<LinearOperator>, double>());
+  m.def("cg_loop", &cg_loop, py::call_guard<py::gil_scoped_release>());
+  m.def("neumann_loop", &neumann_loop, py::call_guard<py::gil_scoped_release>());
+
+  using Pairs = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;
+  py::class_<Call, std::shared_ptr<Call>>(m, "Call")
+      .def(
+          py::init([](std::shared_ptr<Package> package, size_t num_arguments,
+                      const std::vector<std::tuple<int64_t, int64_t, int64_t>>& bindings, std::vector<size_t> arguments,
+                      std::vector<at::Tensor> constants, const std::vector<std::pair<int, size_t>>& outputs) {
+            std::vector<Binding> read;
+            for (const auto& [argument, dim, factor] : bindings) read.push_back({argument, dim, factor});
+            std::vector<Output> returned;
+            for (const auto& [kind, index] : outputs) returned.push_back({static_cast<OutputKind>(kind), index});
+            return std::make_shared<Call>(std::move(package), num_arguments, std::move(read), std::move(arguments),
+                                          std::move(constants), std::move(returned));
+          }))
+      .def("sizes_of", &Call::sizes_of)
+      .def("add_sizes",
+           [](Call& call, const std::vector<int64_t>& sizes, const Pairs& layouts, std::vector<at::Tensor> carriers,
+              std::vector<py::object> values) {
+             std::vector<Layout> pairs;
+             for (const auto& [size, stride] : layouts) pairs.push_back({size, stride});
+             call.add_sizes(sizes, std::move(pairs), std::move(carriers), std::move(values));
+           })
+      .def("__call__", &Call::operator())
+      // The call as a linear operator in argument `hole`; None where the sizes were not declared.
+      .def("operator", [](Call& call, const py::sequence& arguments, int64_t hole) -> std::shared_ptr<LinearOperator> {
+        TORCH_CHECK(call.returns_one_tensor(), "package: an operator returns one tensor");
+        auto prepared = call.prepare(arguments, hole);
+        if (!prepared) return nullptr;
+        TORCH_CHECK(prepared->hole_layout != nullptr, "package: argument ", hole, " is not used");
+        return std::make_shared<PackageOperator>(call.package(), std::move(prepared->inputs), prepared->hole_input,
+                                                 *prepared->hole_layout);
+      });
+}
+
+}  // namespace mlopt

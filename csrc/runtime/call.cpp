@@ -1,0 +1,106 @@
+#include "call.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <utility>
+
+namespace py = pybind11;
+
+namespace mlopt {
+namespace {
+
+const at::Tensor& tensor_of(py::handle object) {
+  TORCH_CHECK(THPVariable_Check(object.ptr()), "package: expected a tensor, got ", Py_TYPE(object.ptr())->tp_name);
+  return THPVariable_Unpack(object.ptr());
+}
+
+}  // namespace
+
+Call::Call(std::shared_ptr<Package> package, size_t num_arguments, std::vector<Binding> bindings,
+           std::vector<size_t> arguments, std::vector<at::Tensor> constants, std::vector<Output> outputs)
+    : package_(std::move(package)),
+      num_arguments_(num_arguments),
+      bindings_(std::move(bindings)),
+      arguments_(std::move(arguments)),
+      constants_(std::move(constants)),
+      outputs_(std::move(outputs)) {}
+
+std::vector<int64_t> Call::sizes_of(const py::sequence& arguments) const {
+  TORCH_CHECK(arguments.size() == num_arguments_, "package: expected ", num_arguments_, " arguments, got ",
+              arguments.size());
+  std::vector<int64_t> sizes;
+  sizes.reserve(bindings_.size());
+  for (const Binding& b : bindings_) {
+    const py::object argument = arguments[static_cast<size_t>(b.argument)];
+    if (b.dim < 0)
+      sizes.push_back(argument.cast<int64_t>());
+    else
+      sizes.push_back(tensor_of(argument).size(b.dim) / b.factor);
+  }
+  return sizes;
+}
+
+void Call::add_sizes(const std::vector<int64_t>& sizes, std::vector<Layout> layouts, std::vector<at::Tensor> carriers,
+                     std::vector<py::object> values) {
+  TORCH_CHECK(layouts.size() == package_->num_inputs() &&
+                  arguments_.size() + constants_.size() + carriers.size() == layouts.size(),
+              "package: expected ", package_->num_inputs(), " layouts");
+  sizes_[sizes] = {std::move(layouts), std::move(carriers), std::move(values)};
+}
+
+const Call::Sizes* Call::find(const py::sequence& arguments) const {
+  const auto found = sizes_.find(sizes_of(arguments));
+  return found == sizes_.end() ? nullptr : &found->second;
+}
+
+std::optional<Call::Prepared> Call::prepare(const py::sequence& arguments, int64_t hole) {
+  const Sizes* sizes = find(arguments);
+  if (sizes == nullptr) return std::nullopt;
+  Prepared prepared;
+  auto& inputs = prepared.inputs;
+  inputs.reserve(sizes->layouts.size());
+  for (size_t position : arguments_) {
+    const Layout& layout = sizes->layouts[inputs.size()];
+    if (static_cast<int64_t>(position) == hole) {
+      prepared.hole_layout = &layout;
+      prepared.hole_input = inputs.size();
+      inputs.emplace_back();
+    } else {
+      const py::object argument = arguments[position];
+      inputs.push_back(package_->fit(inputs.size(), tensor_of(argument), layout));
+    }
+  }
+  inputs.insert(inputs.end(), constants_.begin(), constants_.end());
+  inputs.insert(inputs.end(), sizes->carriers.begin(), sizes->carriers.end());
+  return prepared;
+}
+
+py::object Call::operator()(const py::args& arguments) {
+  auto prepared = prepare(arguments, -1);
+  if (!prepared) return py::none();
+  std::vector<at::Tensor> computed;
+  {
+    const py::gil_scoped_release no_gil;
+    computed = package_->run(std::move(prepared->inputs));
+  }
+  const Sizes* sizes = find(arguments);
+  py::tuple results(outputs_.size());
+  for (size_t k = 0; k < outputs_.size(); ++k) {
+    const size_t index = outputs_[k].index;
+    switch (outputs_[k].kind) {
+      case OutputKind::kComputed:
+        results[k] = py::cast(computed.at(index));
+        break;
+      case OutputKind::kArgument:
+        results[k] = arguments[index];
+        break;
+      case OutputKind::kValue:
+        results[k] = sizes->values.at(index);
+        break;
+    }
+  }
+  return results;
+}
+
+}  // namespace mlopt

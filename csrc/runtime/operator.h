@@ -1,0 +1,62 @@
+// What the native solver loops see of a matrix, and the operators that are not kernels of their own.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "package.h"
+
+namespace mlopt {
+
+// A square linear map on vectors [N]. `apply` is called without the GIL and returns a tensor that the caller must not
+// write; it may be one that the next call overwrites.
+class LinearOperator {
+ public:
+  virtual ~LinearOperator() = default;
+  virtual at::Tensor apply(const at::Tensor& vector) = 0;  // [N] -> [N]
+};
+
+// An AOTInductor package with one free input, the vector, and one output. The other inputs are fixed.
+class PackageOperator final : public LinearOperator {
+ public:
+  PackageOperator(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, size_t hole, Layout layout)
+      : package_(std::move(package)), inputs_(std::move(inputs)), hole_(hole), layout_(std::move(layout)) {}
+
+  at::Tensor apply(const at::Tensor& vector) override;
+
+ private:
+  std::shared_ptr<Package> package_;
+  std::vector<at::Tensor> inputs_;
+  size_t hole_;
+  Layout layout_;
+};
+
+// A Python function.
+class CallbackOperator final : public LinearOperator {
+ public:
+  explicit CallbackOperator(pybind11::function function) : function_(std::move(function)) {}
+
+  at::Tensor apply(const at::Tensor& vector) override;
+
+ private:
+  pybind11::function function_;
+};
+
+// A + damping I.
+class DampedOperator final : public LinearOperator {
+ public:
+  DampedOperator(std::shared_ptr<LinearOperator> inner, double damping) : inner_(std::move(inner)), damping_(damping) {}
+
+  at::Tensor apply(const at::Tensor& vector) override;
+
+ private:
+  std::shared_ptr<LinearOperator> inner_;
+  double damping_;
+  at::Tensor result_;
+};
+
+}  // namespace mlopt

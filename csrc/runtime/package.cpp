@@ -1,0 +1,35 @@
+#include "package.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_strided.h>
+
+#include <utility>
+
+namespace mlopt {
+
+// run_single_threaded: a plan makes one call at a time, so the loader's own locks have nothing to protect.
+Package::Package(const std::string& path, std::vector<at::ScalarType> dtypes)
+    : dtypes_(std::move(dtypes)), loader_(path, "model", /*run_single_threaded=*/true) {}
+
+at::Tensor Package::fit(size_t k, const at::Tensor& input, const Layout& layout) const {
+  TORCH_CHECK(input.scalar_type() == dtypes_[k] && input.sizes() == at::IntArrayRef(layout.sizes), "package: input ", k,
+              " is ", input.scalar_type(), " of shape ", input.sizes(), ", expected ", dtypes_[k], " of shape ",
+              at::IntArrayRef(layout.sizes));
+  bool same = true;
+  for (size_t d = 0; d < layout.sizes.size(); ++d)
+    same = same && (layout.sizes[d] == 1 || input.stride(static_cast<int64_t>(d)) == layout.strides[d]);
+  // Code for a GPU loads vectors of 16 bytes from where a tensor begins.
+  const bool aligned = input.is_cpu() || reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16 == 0;
+  if ((same && aligned) || input.numel() == 0) return input;
+  const at::NoGradGuard no_grad;
+  at::Tensor copy = at::empty_strided(layout.sizes, layout.strides, input.options().requires_grad(false));
+  copy.copy_(input);
+  return copy;
+}
+
+std::vector<at::Tensor> Package::run(std::vector<at::Tensor> inputs) {
+  const at::NoGradGuard no_grad;
+  return loader_.boxed_run(std::move(inputs));
+}
+
+}  // namespace mlopt

@@ -1,0 +1,42 @@
+// `Package`: an AOTInductor package that checks what it is given.
+//
+// A package is machine code for one layout of its inputs and checks nothing: a wrong stride is a wrong number. Here
+// every input is compared with the layout that was compiled for, which costs nanoseconds, and copied into it where it
+// differs. Free sizes are read from the arguments; the layouts that belong to them are registered once per set of
+// sizes, by the caller, who knows the expressions.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace mlopt {
+
+// Sizes and strides of every input of a package.
+struct Layout {
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
+};
+
+class Package {
+ public:
+  Package(const std::string& path, std::vector<at::ScalarType> dtypes);
+
+  size_t num_inputs() const { return dtypes_.size(); }
+
+  // Throws unless the input is of the layout's size and the right dtype; returns it in the layout's strides.
+  at::Tensor fit(size_t k, const at::Tensor& input, const Layout& layout) const;
+
+  // Inputs must be as `fit` returns them. Builds no autograd graph. Call it without the GIL.
+  std::vector<at::Tensor> run(std::vector<at::Tensor> inputs);
+
+ private:
+  std::vector<at::ScalarType> dtypes_;
+  torch::inductor::AOTIModelPackageLoader loader_;
+};
+
+}  // namespace mlopt

@@ -1,0 +1,92 @@
+"""`MeasuredGraph`: keeps the faster of a package and the eager graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mlopt.backends.base import Lowering
+from mlopt.backends.inductor.cache import DiskCache
+from mlopt.backends.inductor.lowered import LoweredGraph
+
+_REPEATS = 5
+_ENOUGH = 0.3  # seconds after which no further repeat is made: the difference is then plain
+
+
+class MeasuredGraph:
+    """Times a package and its eager graph on the arguments of the first call and keeps the faster.
+
+    The choice is remembered with the package, so that later runs on this machine compute the same bits.
+
+    Args:
+        lowered: The package.
+        key: Its key in the cache.
+        cache: Where the choice is remembered.
+    """
+
+    def __init__(self, lowered: LoweredGraph, key: str, cache: DiskCache) -> None:
+        self._lowered = lowered
+        self._key = key
+        self._cache = cache
+        self._chosen: Any = None
+        self._figures = ""
+        known = cache.get_choice(key)
+        if known is not None:
+            self._choose(*known)
+
+    @property
+    def lowering(self) -> Lowering:
+        """What is reported of the graph."""
+        lowering = self._lowered.lowering
+        if self._chosen is None or lowering.backend == "eager":  # the latter if the package failed
+            return lowering
+        backend = "inductor" if self._chosen is self._lowered else "eager"
+        return dataclasses.replace(lowering, backend=backend, note=f"{lowering.note}; {self._figures}")
+
+    def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """See `Compiled`."""
+        if not self._lowered.is_operator(hole):
+            return None
+        if self._chosen is None:
+            filled = list(arguments)
+            filled[hole] = self._lowered.example(hole)
+            self._measure(filled)
+        return self._chosen.native_operator(arguments, hole)
+
+    def __call__(self, *arguments: Any) -> Sequence[Any]:
+        """Return what the graph returns."""
+        if self._chosen is None:
+            self._measure(arguments)
+        return self._chosen(*arguments)
+
+    def _measure(self, arguments: Sequence[Any]) -> None:
+        device = next((a.device for a in arguments if isinstance(a, torch.Tensor)), torch.device("cpu"))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # measuring draws no numbers
+            eager = _time(self._lowered.eager, arguments, device)
+            compiled = _time(self._lowered, arguments, device)
+        faster = "inductor" if compiled < eager else "eager"
+        figures = f"a call: {eager * 1e6:,.0f} us eager, {compiled * 1e6:,.0f} us compiled"
+        self._cache.put_choice(self._key, faster, figures)
+        self._choose(faster, figures)
+
+    def _choose(self, backend: str, figures: str) -> None:
+        self._chosen = self._lowered if backend == "inductor" else self._lowered.eager
+        self._figures = figures
+
+
+def _time(function: Any, arguments: Sequence[Any], device: torch.device) -> float:
+    """Return the least of a few timings; the least, because other work on the machine only adds."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    function(*arguments)
+    times: list[float] = []
+    while len(times) < _REPEATS and sum(times) < _ENOUGH:
+        wait()
+        start = time.perf_counter()
+        function(*arguments)
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)

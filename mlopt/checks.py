@@ -1,0 +1,115 @@
+"""Checks of a whole program that need more than one problem's statement: called by the compiler, in this order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+
+from mlopt.autodiff import FlatLayout
+from mlopt.autodiff.update import OptimizerState, apply_update, update_factor
+from mlopt.errors import ProblemError, StructureWarning, UpdateError
+from mlopt.planner import ExecutionPlan, ReverseSteps, Solve
+from mlopt.problem import Problem
+
+
+def check_devices(layouts: Mapping[str, FlatLayout]) -> None:
+    """Refuse a program whose problems live on different devices.
+
+    Raises:
+        ProblemError: They do.
+    """
+    devices: dict[torch.device, str] = {}
+    for name, layout in layouts.items():
+        devices.setdefault(layout.device, name)
+    if len(devices) > 1:
+        (a, first), (b, second) = list(devices.items())[:2]
+        raise ProblemError(
+            f"problem {second!r} has its parameters on {b}, problem {first!r} on {a}; move all modules to one device "
+            "before their optimizers are made"
+        )
+
+
+def all_reads(
+    problem: Problem, problems: Mapping[str, Problem], loss_reads: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Return what a problem's loss reads, and what the learned settings of its optimizer are made of.
+
+    Raises:
+        ProblemError: Settings are learned that the problem's estimator cannot differentiate.
+    """
+    name = problem.name
+    found = {read: list(names) for read, names in loss_reads.items()}
+    with torch.enable_grad():
+        learned = [h for group in problem.hyperparameters_by_group() for h in group.values() if h.requires_grad]
+    if learned and (problem.hypergradient is None or problem.hypergradient.unrolled_steps is None):
+        raise ProblemError(
+            f"problem {name!r}: its optimizer_hyperparameters are learned, but {problem.hypergradient!r} is the "
+            "derivative of an optimum, on which they have no influence; use hypergradient=mlopt.Unroll(steps)"
+        )
+    for other, peer in problems.items():
+        trained = peer.trained_parameters()
+        if learned and other != name:
+            gradients = torch.autograd.grad(
+                [sum(learned[1:], learned[0])], list(trained.values()), allow_unused=True, retain_graph=True
+            )
+            names = [key for key, g in zip(trained, gradients, strict=True) if g is not None]
+            if names:
+                found[other] = list(dict.fromkeys([*found.get(other, []), *names]))
+    return {read: tuple(names) for read, names in found.items()}
+
+
+def check_estimators(
+    program: ExecutionPlan, problems: Mapping[str, Problem], layouts: Mapping[str, FlatLayout]
+) -> None:
+    """Let every estimator that is used look at the size and the optimizer of its problem.
+
+    Raises:
+        ProblemError: An estimator refuses.
+        UpdateError: An optimizer's step cannot be differentiated.
+    """
+    used = {i.problem for p in program.problems for i in p.instructions if isinstance(i, Solve | ReverseSteps)}
+    for name in used:
+        estimator = program[name].estimator
+        try:
+            estimator.check(name, layouts[name].size)
+        except ValueError as error:
+            raise ProblemError(str(error)) from None
+        if estimator.uses_update or estimator.unrolled_steps is not None:
+            _check_update(problems[name], needs_factor=estimator.uses_update)
+
+
+def _check_update(problem: Problem, *, needs_factor: bool) -> None:
+    """Differentiate one step of the optimizer on an arbitrary gradient."""
+    name = problem.name
+    parameters = list(problem.trained_parameters().values())
+    generator = torch.Generator().manual_seed(0)
+    gradients = [
+        torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype).to(p.device) for p in parameters
+    ]
+    state = OptimizerState.of(problem.optimizer, parameters)
+    if needs_factor:
+        update_factor(problem.optimizer, parameters, gradients, state, problem=name)
+        return
+    leaves = [p.detach().clone().requires_grad_() for p in parameters]
+    with torch.enable_grad():
+        updated, _ = apply_update(problem.optimizer, leaves, gradients, state, problem=name)
+    if not all(u.requires_grad for u in updated):
+        raise UpdateError(f"problem {name!r}: the step of {type(problem.optimizer).__name__} has no derivative")
+
+
+def warn_about_unreached(
+    program: ExecutionPlan, problems: Mapping[str, Problem], used_own: Mapping[str, frozenset[str]]
+) -> None:
+    """Warn of a problem whose hypergradient is zero by structure: no loss depends on its parameters."""
+    for name, used in used_own.items():
+        trained = problems[name].trained_parameters()
+        if not (used | program[name].reached).intersection(trained):
+            warnings.warn(
+                f"problem {name!r}: its hypergradient is zero. Neither its own loss nor the loss of a problem "
+                f"below it depends on its parameters ({', '.join(trained)}): read them as self.{name}(...) in the "
+                "training_step that they are to shape, without detach or no_grad",
+                StructureWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,314 @@
+"""`Compiler`: from captured losses to verified derivatives, one problem and one kind of batch at a time.
+
+`mlopt.compile` drives it once; a running plan comes back to it when a batch of a new kind has to be captured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from mlopt.autodiff import FlatLayout, TaskAxis
+from mlopt.backends import AbstractBackend, EagerBackend
+from mlopt.capture import LossGraph, capture_loss
+from mlopt.capture.tasks import showing_task
+from mlopt.checks import all_reads, check_devices, check_estimators, warn_about_unreached
+from mlopt.errors import (
+    CaptureError,
+    DataError,
+    GraphError,
+    IslandWarning,
+    LossError,
+    MloptError,
+    VerificationError,
+    VerificationWarning,
+)
+from mlopt.graph import Graph
+from mlopt.planner import ExecutionPlan, ProductNeeds, plan_program
+from mlopt.runtime.data import Batch, BatchStream
+from mlopt.runtime.derivatives import AbstractDerivatives, DerivativeGraphs, GraphDerivatives, differentiate
+from mlopt.runtime.explain import CompileReport
+from mlopt.runtime.guard import ModuleGuard
+from mlopt.runtime.reference import AutogradDerivatives
+from mlopt.runtime.reference_tasks import TaskAutogradDerivatives
+from mlopt.runtime.rng import frozen_random_state, get_random_state
+from mlopt.runtime.verify import find_disagreement
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Island:
+    """A problem that runs by plain autograd, and what its loss reads and uses (as in `LossGraph`)."""
+
+    problem: str
+    reads: dict[str, tuple[str, ...]]
+    used_own: frozenset[str]
+
+
+class Compiler:
+    """Holds what is compiled so far, and compiles more when a batch of a new kind comes.
+
+    Graphs are kept per problem. A batch whose structure, sizes, strides and dtypes were seen before costs one look-up;
+    one with new sizes reuses a graph whose shape guards accept it; only then is the loss captured again.
+    """
+
+    def __init__(self, graph: Graph, backend: AbstractBackend, *, verify: bool, strict: bool) -> None:
+        self.graph = graph
+        self.backend = backend
+        self.verify = verify
+        self.strict = strict
+        self.layouts = {n: FlatLayout.of(n, p.trained_parameters(), p.tasks) for n, p in graph.problems.items()}
+        check_devices(self.layouts)
+        self.streams = {name: BatchStream(problem) for name, problem in graph.problems.items()}
+        self.losses: dict[str, LossGraph | Island] = {}  # the first capture of each problem
+        self.axes: dict[str, TaskAxis | None] = {}  # of the problems whose loss is evaluated for several tasks
+        self.guard = ModuleGuard(graph.problems)
+        self._first_modes = self.guard.modes()
+        self.program: ExecutionPlan | None = None
+        self.report = CompileReport(backend.name, self.layouts)
+        self._known: dict[tuple[object, ...], AbstractDerivatives] = {}
+        self._ready: dict[str, DerivativeGraphs | Island] = {}  # differentiated on the first batch, not yet lowered
+
+    def capture(self, name: str) -> None:
+        """Capture a problem's loss on its first batch."""
+        start = time.perf_counter()
+        batch = self.streams[name].peek()
+        self.axes[name] = self._find_axis(name, batch)
+        self.losses[name] = self._capture(name, batch)
+        self.report.seconds["capture"] += time.perf_counter() - start
+
+    def plan(self) -> ExecutionPlan:
+        """Find the problem graph in the captured losses, and plan and check the program."""
+        problems = self.graph.problems
+        self.graph.set_reads({n: all_reads(p, problems, self.losses[n].reads) for n, p in problems.items()})
+        self.program = plan_program(self.graph)
+        check_estimators(self.program, problems, self.layouts)
+        warn_about_unreached(self.program, problems, {n: loss.used_own for n, loss in self.losses.items()})
+        return self.program
+
+    def seen(self, name: str) -> list[str]:
+        """Return the other problems whose tensors a problem's step may depend on, in order."""
+        loss = self.losses[name]
+        assert self.program is not None
+        found = loss.seen_problems() | {*self.program[name].reads} if isinstance(loss, LossGraph) else None
+        return [other for other in self.graph.problems if other != name and (found is None or other in found)]
+
+    def differentiate(self, name: str) -> None:
+        """Build the graphs of a problem for its first batch."""
+        self._ready[name] = self._graphs(name, self.streams[name].peek())
+
+    def lower(self, progress: Callable[[int, int], None]) -> None:
+        """Do the slow part of lowering all graphs built so far at once."""
+        start = time.perf_counter()
+        graphs = [g for g in self._ready.values() if isinstance(g, DerivativeGraphs)]
+        self.backend.prepare([module for g in graphs for module in g.modules().values()], progress)
+        self.report.seconds["lower"] += time.perf_counter() - start
+
+    def derive(self, name: str, batch: Batch) -> AbstractDerivatives:
+        """Return derivatives of a problem's loss that are valid for this batch, compiling them if need be."""
+        key = (name, self.guard.modes(), *batch.signature())
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._reuse(key, batch) or self._build(name, batch)
+        return known
+
+    def _reuse(self, key: tuple[Any, ...], batch: Batch) -> AbstractDerivatives | None:
+        kind = _kind(key)
+        return next((d for other, d in self._known.items() if _kind(other) == kind and d.accepts(batch)), None)
+
+    def _build(self, name: str, batch: Batch) -> AbstractDerivatives:
+        assert self.program is not None, "derivatives are built for a planned program"
+        graphs = self._ready.pop(name, None) or self._graphs(name, batch)
+        if isinstance(graphs, Island):
+            return self._eager(name, batch, self.program.needs[name])
+        start = time.perf_counter()
+        derivatives = GraphDerivatives(graphs, self.backend)
+        self.report.seconds["lower"] += time.perf_counter() - start
+        self.report.add(name, derivatives)
+        if not self.verify:
+            return derivatives
+        start = time.perf_counter()
+        verified = self._verified(name, derivatives, batch)
+        self.report.seconds["verify"] += time.perf_counter() - start
+        return verified
+
+    def _graphs(self, name: str, batch: Batch) -> DerivativeGraphs | Island:
+        assert self.program is not None
+        first, needs = self.losses[name], self.program.needs[name]
+        loss = first
+        if isinstance(first, LossGraph) and not self._is_captured(first, batch):
+            loss = self._capture(name, batch)
+        if loss.reads != first.reads:
+            raise GraphError(
+                f"problem {name!r}: on a batch of another kind, or in another training mode, its loss reads "
+                f"{_names(loss)}; when the plan was made it read {_names(first)}. The problem graph must not change"
+            )
+        if isinstance(loss, Island):
+            return loss
+        start = time.perf_counter()
+        graphs = self._differentiate(loss, batch, needs)
+        self.report.seconds["differentiate"] += time.perf_counter() - start
+        return graphs
+
+    def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
+        axis = self.axes[loss.problem]
+        try:
+            return differentiate(loss, batch, self.layouts, needs, axis)
+        except LossError:  # a loss that the estimator cannot be used with
+            raise
+        except Exception:
+            logger.debug("differentiating %s with free sizes failed; trying fixed ones", loss.problem, exc_info=True)
+        try:  # some operations (recurrent ones on the CPU) have no derivative for symbolic sizes
+            fixed = dataclasses.replace(loss, dynamic_dims=tuple(frozenset[int]() for _ in loss.inputs))
+            return differentiate(fixed, batch, self.layouts, needs, axis)
+        except Exception as error:
+            reason = (
+                f"problem {loss.problem!r}: its loss was captured but could not be differentiated as a graph\n"
+                f"  {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            )
+            if self.strict:
+                raise CaptureError(reason) from error
+            return self._island(loss.problem, batch, reason, None)
+
+    def _is_captured(self, loss: LossGraph, batch: Batch) -> bool:
+        if self.axes[loss.problem] is not None:
+            batch = batch.of_task(0)
+        return (
+            loss.batch_spec == batch.spec
+            and self._first_modes == self.guard.modes()
+            and loss.guard.accepts(batch.tensors)
+        )
+
+    def _capture(self, name: str, batch: Batch) -> LossGraph | Island:
+        problems = self.graph.problems
+        for problem in problems.values():
+            problem.bind(problems)  # a problem may also be part of another graph
+        one = batch if self.axes[name] is None else batch.of_task(0)
+        try:
+            with showing_task(problems.values(), 0):
+                loss = capture_loss(problems[name], list(problems.values()), one.tensors, one.spec)
+        except CaptureError as error:
+            if self.strict:
+                raise
+            return self._island(name, batch, str(error), error)
+        if not self.verify:
+            return loss
+        missed = missing_reads(self._eager_reads(name, batch), {**loss.reads, name: tuple(loss.used_own)})
+        if missed:
+            reason = f"problem {name!r}: capture lost the gradient with respect to {missed}"
+            if self.strict:
+                raise VerificationError(f"{reason}; strict=True was given. compile(..., strict=False) uses autograd")
+            return self._island(name, batch, reason, None)
+        return loss
+
+    def _island(self, name: str, batch: Batch, reason: str, error: CaptureError | None) -> Island:
+        try:
+            reads = self._eager_reads(name, batch)
+        except MloptError:
+            raise
+        except Exception as failure:  # the code itself fails; capture was not at fault
+            raise (error or CaptureError(reason)) from failure
+        warnings.warn(
+            f"{reason}\n  This problem runs by plain autograd on its training_step (an eager island), with the same "
+            "results; everything else is compiled. strict=True makes this an error.",
+            IslandWarning,
+            stacklevel=5,
+        )
+        self.report.islands[name] = reason
+        own = reads.pop(name, ())
+        return Island(name, reads, frozenset(own))
+
+    def _eager(self, name: str, batch: Batch, needs: ProductNeeds) -> AbstractDerivatives:
+        derivatives = self.autograd(name, needs)
+        if needs.hvp and needs.curvature != "hessian":  # not every loss has the others: say so now
+            with frozen_random_state(get_random_state(self.layouts[name].device)):
+                derivatives.linearize(batch)
+        return derivatives
+
+    def _find_axis(self, name: str, batch: Batch) -> TaskAxis | None:
+        """Find out whether a problem's loss is evaluated for several tasks: its own, or those of a problem it reads."""
+        problems = self.graph.problems
+        with_tasks = frozenset(n for n, p in problems.items() if p.tasks)
+        if not with_tasks:
+            return None
+        num_tasks = next(p.tasks for p in problems.values() if p.tasks)
+        axis = TaskAxis(num_tasks, name, with_tasks)
+        wrong = [tuple(t.shape) for t in batch.tensors if t.ndim == 0 or t.shape[0] != num_tasks]
+        if problems[name].tasks:
+            if wrong:
+                raise DataError(
+                    f"problem {name!r}: with tasks={num_tasks} every tensor of its batch must have a leading axis of "
+                    f"{num_tasks}, got the shape {wrong[0]}"
+                )
+            return axis
+        if wrong:
+            return None
+        try:  # whose parameters the loss reads shows only when it runs
+            reads = TaskAutogradDerivatives(problems[name], problems, self.layouts, ProductNeeds(), axis).reads(batch)
+        except Exception:
+            logger.debug("problem %s: its loss does not run on one task", name, exc_info=True)
+            return None
+        return axis if with_tasks.intersection(reads) else None
+
+    def autograd(self, name: str, needs: ProductNeeds) -> AutogradDerivatives | TaskAutogradDerivatives:
+        """Return a problem's derivatives by plain autograd."""
+        problem, problems, axis = self.graph.problems[name], self.graph.problems, self.axes[name]
+        if axis is not None:
+            return TaskAutogradDerivatives(problem, problems, self.layouts, needs, axis)
+        return AutogradDerivatives(problem, problems, self.layouts, needs)
+
+    def _eager_reads(self, name: str, batch: Batch) -> dict[str, tuple[str, ...]]:
+        with frozen_random_state(get_random_state(self.layouts[name].device)):
+            return self.autograd(name, ProductNeeds()).reads(batch)
+
+    def _verified(self, name: str, derivatives: GraphDerivatives, batch: Batch) -> AbstractDerivatives:
+        assert self.program is not None
+        problem, problems, needs = self.graph.problems[name], self.graph.problems, self.program.needs[name]
+        reference: AbstractDerivatives = self.autograd(name, needs)
+        if self.axes[name] is not None and derivatives.is_random:
+            # What can be checked is that the backend does what the graphs say.
+            self.report.unverified[name] = "its tasks draw their random numbers in another order than a loop over them"
+            reference = GraphDerivatives(derivatives.graphs, EagerBackend())
+        difference = find_disagreement(derivatives, reference, problem, problems, self.layouts[name], needs, batch)
+        if difference is None:
+            return derivatives
+        message = f"problem {name!r}: a compiled derivative disagrees with plain autograd: {difference}"
+        if self.strict:
+            raise VerificationError(message + "; strict=True was given. compile(..., strict=False) uses plain autograd")
+        if any(lowering.backend != "eager" for lowering in derivatives.lowerings().values()):
+            # Is the graph wrong, or what the backend made of it? Torch calls on a right graph beat plain autograd.
+            eager = GraphDerivatives(derivatives.graphs, EagerBackend())
+            layout = self.layouts[name]
+            if find_disagreement(eager, reference, problem, problems, layout, needs, batch) is None:
+                message += f". The graphs are right and the {self.backend.name} backend is not: they run eagerly"
+                warnings.warn(message, VerificationWarning, stacklevel=5)
+                self.report.replace(name, derivatives, eager)
+                return eager
+        warnings.warn(message + "; this problem runs by plain autograd", VerificationWarning, stacklevel=5)
+        self.report.islands[name] = message
+        return reference
+
+
+def _kind(key: tuple[Any, ...]) -> tuple[object, ...]:
+    """Return what two uses must share for one graph to serve both: all of their key but sizes and strides."""
+    name, modes, spec, *tensors = key
+    return (name, modes, spec, *(dtype for _, _, dtype in tensors))
+
+
+def missing_reads(found: dict[str, tuple[str, ...]], captured: dict[str, tuple[str, ...]]) -> str:
+    """Return, as text, what plain autograd has a gradient for and the captured loss does not depend on."""
+    return ", ".join(
+        f"{problem}.{name}"
+        for problem, names in found.items()
+        for name in names
+        if name not in captured.get(problem, ())
+    )
+
+
+def _names(loss: LossGraph | Island) -> str:
+    return ", ".join(f"{p}.{n}" for p, names in loss.reads.items() for n in names) or "no other problem"
