@@ -28,7 +28,7 @@ from mlopt.autodiff import (
     read_gradient_graph,
     read_gradient_over_tasks,
 )
-from mlopt.autodiff.split import draws_random
+from mlopt.passes import draws_random
 from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import InputRole, LossGraph
 from mlopt.planner import ProductNeeds
