@@ -7,7 +7,7 @@ they find the structure that kernels are written for, and take parts of a graph 
 """
 
 from mlopt.passes.extract import draws_random, extract
-from mlopt.passes.glm import GlmRowKind, GlmStructure, find_glm
+from mlopt.passes.glm import ONE_TASK, GlmRowKind, GlmStructure, find_glm
 from mlopt.passes.merge_equal_nodes import merge_equal_nodes_pass
 from mlopt.passes.remove_dead_nodes import remove_dead_nodes_pass
 from mlopt.passes.remove_fresh_writes import has_writes, remove_fresh_writes_pass
@@ -16,6 +16,7 @@ from mlopt.passes.runner import DEFAULT_PASSES, run_default_passes
 
 __all__ = [
     "DEFAULT_PASSES",
+    "ONE_TASK",
     "GlmRowKind",
     "GlmStructure",
     "draws_random",

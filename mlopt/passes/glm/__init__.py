@@ -7,6 +7,6 @@ says what it found, or nothing; `values.py` holds what it knows of a node, `rule
 a rule. The curvature f is then read off the graph itself, so there is no list of losses.
 """
 
-from mlopt.passes.glm.structure import GlmRowKind, GlmStructure, find_glm
+from mlopt.passes.glm.structure import ONE_TASK, GlmRowKind, GlmStructure, find_glm
 
-__all__ = ["GlmRowKind", "GlmStructure", "find_glm"]
+__all__ = ["ONE_TASK", "GlmRowKind", "GlmStructure", "find_glm"]

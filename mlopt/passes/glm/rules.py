@@ -30,10 +30,8 @@ aten = torch.ops.aten
 
 MAX_COLUMNS = 32  # kGlmMaxClasses of csrc/glm/glm.h
 
-_LAYOUT = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+_LAYOUT = _VIEWS | {
     aten.t.default,
     aten.transpose.int,
     aten.permute.default,
@@ -163,8 +161,9 @@ def _layout(a: Analysis, node: fx.Node) -> Any:
     static_shape(node)
     if node.all_input_nodes != [node.args[0]]:
         raise NoMatchError(f"{node} has free sizes")
+    target = aten.reshape.default if node.target in _VIEWS else node.target
     args = node.args[1:]
-    return dataclasses.replace(known, params=node.target(known.params, *args), sums=node.target(known.sums, *args))
+    return dataclasses.replace(known, params=target(known.params, *args), sums=target(known.sums, *args))
 
 
 def _layout_of_rows(node: fx.Node, rows: Rows) -> Rows:
@@ -256,9 +255,7 @@ def _broadcast(node: fx.Node, operands: Sequence[tuple[fx.Node, Rows]]) -> Rows:
     if len(entries) > 1:
         aligned = False
     sums = frozenset(s for _, known in operands for s in known.row_sums)
-    return dataclasses.replace(
-        rows, dim=dims.pop(), entry=min(entries, default=None), aligned=aligned, row_sums=sums
-    )
+    return dataclasses.replace(rows, dim=dims.pop(), entry=min(entries, default=None), aligned=aligned, row_sums=sums)
 
 
 def _add(a: Analysis, node: fx.Node) -> Any:

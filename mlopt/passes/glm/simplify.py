@@ -35,7 +35,9 @@ def _adds_zeros(node: fx.Node) -> bool:
     if not isinstance(kept, fx.Node) or not isinstance(zeros, fx.Node) or zeros.target is not aten.zeros_like.default:
         return False
     return (
-        same_shape(shape_of(kept), shape_of(node)) and kept.meta["val"].dtype == node.meta["val"].dtype and zeros != kept
+        same_shape(shape_of(kept), shape_of(node))
+        and kept.meta["val"].dtype == node.meta["val"].dtype
+        and zeros != kept
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from mlopt.passes.glm.simplify import simplified
 from mlopt.passes.glm.values import Entry, Exits, Flat, NoMatchError, Rows
 
 logger = logging.getLogger(__name__)
+
+# Key in the `meta` of a product of T tasks side by side, [T, N] -> [T, N]: the graph of one task, [N] -> [N]. All
+# residuals then have the leading axis T.
+ONE_TASK = "mlopt.one_task"
 
 
 class GlmRowKind(enum.Enum):
@@ -39,6 +43,7 @@ class GlmStructure:
         size: N.
         kind: What is known of f.
         has_diagonal: Whether there is a part that is diagonal in the parameters (a separable regularizer).
+        tasks: Whether there are T such products side by side. All this is then about one of them.
     """
 
     x: int
@@ -47,6 +52,7 @@ class GlmStructure:
     size: int
     kind: GlmRowKind
     has_diagonal: bool
+    tasks: bool
     _entries: tuple[Entry, ...]
     _middle: fx.GraphModule  # (residuals, one U per entry) -> one D per exit
     _order: torch.Tensor  # [C]: column of D that goes with each column of U
@@ -66,13 +72,25 @@ class GlmStructure:
         return self.positions.shape[1] - self.bias
 
     def curvature(self, residuals: Sequence[Any]) -> torch.Tensor:
-        """Evaluate f: [n, C], [n, 3, C] or [n, C, C], for `kind`.
+        """Evaluate f: [T?, n, C], [T?, n, 3, C] or [T?, n, C, C], for `kind`.
 
         The middle of the graph, between X V and X^T D, is run on ones or, for blocks, on every unit vector.
 
         Args:
             residuals: What the primal half of the graph hands over.
         """
+        return self._over_tasks(self._curvature, residuals)
+
+    def diagonal(self, residuals: Sequence[Any]) -> torch.Tensor | None:
+        """Evaluate the diagonal [T?, N], or return None where there is none."""
+        return None if self._diagonal is None else self._over_tasks(self._diagonal_of_one, residuals)
+
+    def _over_tasks(self, function: Callable[[Sequence[Any]], torch.Tensor], residuals: Sequence[Any]) -> torch.Tensor:
+        if not self.tasks:
+            return function(residuals)
+        return torch.func.vmap(lambda *parts: function(parts))(*residuals)
+
+    def _curvature(self, residuals: Sequence[Any]) -> torch.Tensor:
         x = residuals[self.x]
         if self.kind is GlmRowKind.DIAGONAL:
             return self._run_middle(residuals, x.new_ones(x.shape[0], self.num_columns)).contiguous()
@@ -81,13 +99,11 @@ class GlmStructure:
         units = torch.eye(self.num_columns, dtype=x.dtype, device=x.device)
         return torch.stack([self._run_middle(residuals, e.expand(x.shape[0], -1)) for e in units], dim=-1)
 
-    def diagonal(self, residuals: Sequence[Any]) -> torch.Tensor | None:
-        """Evaluate the diagonal [N], or return None where there is none."""
-        if self._diagonal is None:
-            return None
+    def _diagonal_of_one(self, residuals: Sequence[Any]) -> torch.Tensor:
+        assert self._diagonal is not None
         x = residuals[self.x]
         nothing = [x.new_zeros(shape) for shape in self._exit_shapes]
-        (result,) = self._diagonal(*residuals, x.new_ones(self.size), *nothing)
+        result: torch.Tensor = self._diagonal(*residuals, x.new_ones(self.size), *nothing)[0]
         return result
 
     def _rank_one(self, residuals: Sequence[Any], ones: torch.Tensor) -> torch.Tensor:
@@ -116,17 +132,39 @@ class GlmStructure:
 def find_glm(module: fx.GraphModule) -> GlmStructure | None:
     """Look at the graph ``(residuals, v [N]) -> (H v [N],)`` of a product.
 
+    Args:
+        module: The graph; of T tasks side by side, if it has `ONE_TASK` in its ``meta``.
+
     Returns:
         Its structure, or None where it was not proved to have it.
     """
+    product = module.meta.get(ONE_TASK, module)
+    if not _is_product(product):
+        return None
     try:
-        return _find(module)
+        return _find(product, tasks=product is not module)
     except NoMatchError as reason:
         logger.debug("no GLM: %s", reason)
         return None
 
 
-def _find(module: fx.GraphModule) -> GlmStructure:
+def _is_product(module: fx.GraphModule) -> bool:
+    outputs = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    inputs = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    if len(outputs) != 1 or not inputs or not isinstance(outputs[0], fx.Node):
+        return False
+    vector, result = inputs[-1], outputs[0].meta.get("val")
+    return (
+        isinstance(vector, torch.Tensor)
+        and isinstance(result, torch.Tensor)
+        and vector.ndim == 1
+        and isinstance(vector.shape[0], int)
+        and vector.is_floating_point()
+        and tuple(result.shape) == tuple(vector.shape)
+    )
+
+
+def _find(module: fx.GraphModule, *, tasks: bool) -> GlmStructure:
     module = simplified(module)
     *residuals, vector = [n for n in module.graph.nodes if n.op == "placeholder"]
     (output,) = next(n for n in module.graph.nodes if n.op == "output").args[0]
@@ -148,6 +186,7 @@ def _find(module: fx.GraphModule) -> GlmStructure:
         size=vector.meta["val"].shape[0],
         kind=kind,
         has_diagonal=has_diagonal,
+        tasks=tasks,
         _entries=tuple(entries),
         _middle=extract(module, [*residuals, *(e.node for e in entries)], exits.nodes),
         _order=order,
@@ -197,6 +236,8 @@ def _row_kind(
 ) -> tuple[GlmRowKind, tuple[fx.GraphModule, fx.GraphModule] | None]:
     assert analysis.exits is not None
     nodes, entries = analysis.exits.nodes, analysis.entries
+    if len(order) == 1:
+        return GlmRowKind.DIAGONAL, None
     in_order = torch.equal(order, torch.arange(len(order)))
     if len(nodes) == 1 and len(entries) == 1 and in_order:
         (node,), (entry,) = nodes, entries
@@ -204,7 +245,7 @@ def _row_kind(
         assert isinstance(known, Rows)
         if known.aligned and known.entry is not None and not known.row_sums:
             return GlmRowKind.DIAGONAL, None
-        if known.aligned and len(known.row_sums) == 1 and len(entry.weights) > 1:
+        if known.aligned and len(known.row_sums) == 1:
             (total,) = known.row_sums
             before = extract(module, [*residuals, entry.node], [total.args[0], total])
             after = extract(module, [*residuals, entry.node, total], [node])
