@@ -177,7 +177,9 @@ MATCHES = {
     ),
     "a mixed head": (
         lambda: nn.Linear(D, C),
-        lambda p, x, y: weighted(p, F.cross_entropy((p(x) @ torch.ones(C, C).tril().double()).tanh(), y, reduction="none")),
+        lambda p, x, y: weighted(
+            p, F.cross_entropy((p(x) @ torch.ones(C, C).tril().double()).tanh(), y, reduction="none")
+        ),
         GlmRowKind.BLOCK,
     ),
     "masked rows": (
@@ -185,7 +187,11 @@ MATCHES = {
         lambda p, x, y: weighted(p, F.cross_entropy(p(x), y, reduction="none") * (x[:, 0] > 0)),
         GlmRowKind.RANK_ONE,
     ),
-    "frozen features": (Frozen, lambda p, x, y: weighted(p, F.cross_entropy(p(x), y, reduction="none")), GlmRowKind.RANK_ONE),
+    "frozen features": (
+        Frozen,
+        lambda p, x, y: weighted(p, F.cross_entropy(p(x), y, reduction="none")),
+        GlmRowKind.RANK_ONE,
+    ),
     "dropout on X": (
         lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(D, C)),
         lambda p, x, y: weighted(p, F.cross_entropy(p(x), y, reduction="none")),
@@ -265,7 +271,7 @@ def operator_and_graph(found):
     structure = find_glm(linearization.hvp)
     extension = pytest.importorskip("mlopt._C")
     operator = extension.GlmOperator(
-        residuals[structure.x].contiguous(),
+        structure.matrix(residuals).contiguous(),
         structure.kind.value,
         structure.curvature(residuals),
         structure.positions,

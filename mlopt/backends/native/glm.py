@@ -66,13 +66,13 @@ class GlmGraph:
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
         residuals = list(arguments[:-1])
-        if hole != len(residuals) or not self._fits(residuals[self._structure.x]):
+        if hole != len(residuals) or not self._fits(self._structure.matrix(residuals)):
             self._choice.refuse("X is not laid out by rows")
         if self._choice.first is False:
             return self._graph.native_operator(arguments, hole)
         operator = self._bind(residuals)
         if self._choice.first is None:
-            x = residuals[self._structure.x]
+            x = self._structure.matrix(residuals)
             vector = x.new_ones(
                 (x.shape[0], self._structure.size) if self._structure.tasks else (self._structure.size,)
             )
@@ -81,13 +81,13 @@ class GlmGraph:
                 return self._graph.native_operator(arguments, hole)
         return operator
 
-    def _fits(self, x: Any) -> bool:
-        return isinstance(x, torch.Tensor) and x.is_contiguous() and ops.is_native(x)
+    def _fits(self, x: torch.Tensor) -> bool:
+        return x.is_contiguous() and ops.is_native(x)
 
     def _bind(self, residuals: Sequence[Any]) -> Any:
         """Return the operator of one point."""
         s = self._structure
-        x = residuals[s.x]
+        x = s.matrix(residuals)
         with torch.no_grad():
             curvature, diagonal = s.curvature(residuals), s.diagonal(residuals)
             extension: Any = importlib.import_module("mlopt._C")

@@ -101,24 +101,27 @@ class Analysis:
         """Whether a node is X (or its transpose); the first one met becomes X."""
         if not isinstance(node, fx.Node) or node in self.known:
             return False
-        while node.target in (aten.t.default, aten.transpose.int):
-            if len(shape_of(node)) != 2:
+        while node.op != "placeholder":
+            if node.target in (aten.t.default, aten.transpose.int, aten.permute.default) and _swaps_last(node):
+                transposed = not transposed
+            elif node.target is not aten.squeeze.dim or node.args[1] != 0 or len(shape_of(node)) != 2:
                 return False
-            transposed, node = not transposed, node.args[0]
-        if transposed or node.op != "placeholder":
+            node = node.args[0]
+        if transposed:
             return False
         if self.x is None:
             shape = shape_of(node)
-            if len(shape) != 2 or not isinstance(shape[1], int) or node.meta["val"].dtype != self.dtype:
+            one = len(shape) == 2 or (len(shape) == 3 and same(shape[0], 1))
+            if not one or not isinstance(shape[-1], int) or node.meta["val"].dtype != self.dtype:
                 return False
-            self.x, self.exits = node, Exits(shape[1])
+            self.x, self.exits = node, Exits(shape[-1])
         return self.x is node
 
     @property
     def num_rows(self) -> Any:
         """The number of rows of X."""
         assert self.x is not None
-        return shape_of(self.x)[0]
+        return shape_of(self.x)[-2]
 
     def enter(self, node: fx.Node, weights: torch.Tensor, *, transposed: bool) -> Rows:
         """Note a product X W; `weights` are the positions [C, D]."""
@@ -127,22 +130,30 @@ class Analysis:
         self.entries.append(Entry(node, transposed, weights))
         return Rows(1 if transposed else 0, len(self.entries) - 1)
 
-    def canonical(self, node: fx.Node) -> tuple[fx.Node, bool]:
-        """Return the node that has the values of a row value as [n, C] or [n], and whether `node` is its transpose."""
-        transposed = False
-        while node.target is aten.t.default:
-            node, transposed = node.args[0], not transposed
-        return node, transposed
+    def canonical(self, node: fx.Node) -> fx.Node:
+        """Return the node that has the values of a row value before it was laid out otherwise."""
+        while node.target in _LAYOUT:
+            source = node.args[0]
+            before, after = (_longer_axes(n, self.known[n].dim) for n in (source, node))
+            turned = node.target is aten.t.default
+            if not turned and not same_shape(before, after):
+                break
+            node = source
+        return node
 
     def leave(self, node: fx.Node, source: fx.Node, *, transposed: bool, sums: bool) -> Flat:
-        """Note ``X^T D`` [D, C], its transpose, or the column sums of D, for D in `source`, or its transpose there."""
+        """Note ``X^T D`` [D, C], its transpose, or the column sums of D, where `source` has D."""
         assert self.exits is not None
-        base, turned = self.canonical(source)
-        shape = shape_of(base)
-        columns = 1 if len(shape) == 1 else shape[0 if transposed != turned else 1]
-        if not isinstance(columns, int) or columns > MAX_COLUMNS:
-            raise NoMatchError(f"{base} has too many columns")
-        numbers = self.exits.number(base, transposed != turned, columns)
+        base = self.canonical(source)
+        shape, dim = shape_of(base), self.known[base].dim
+        columns = 1
+        for n in (*shape[:dim], *shape[dim + 1 :]):
+            if not isinstance(n, int) or n * columns > MAX_COLUMNS:
+                raise NoMatchError(f"{base} has too many columns")
+            columns *= n
+        if any(n != 1 for n in shape[:dim]) and any(n != 1 for n in shape[dim + 1 :]):
+            raise NoMatchError(f"{base} has columns on both sides of its rows")
+        numbers = self.exits.number(base, any(n != 1 for n in shape[:dim]), columns)
         self.exits.found.append(node)
         wanted = static_shape(node)
         numbers = numbers[:, -1] if sums else numbers[:, :-1] if transposed else numbers[:, :-1].T
@@ -169,34 +180,56 @@ def _layout(a: Analysis, node: fx.Node) -> Any:
 def _layout_of_rows(node: fx.Node, rows: Rows) -> Rows:
     before, after, dim = shape_of(node.args[0]), shape_of(node), rows.dim
     target = node.target
-    swaps = target in (aten.t.default, aten.transpose.int, aten.permute.default)
-    if not swaps and same_shape(before, after):
-        return rows
-    loose = dataclasses.replace(rows, aligned=rows.aligned and rows.entry is None)
+    at = node.args[1] if len(node.args) > 1 else 0
     if target is aten.t.default:
-        return dataclasses.replace(rows, dim=len(before) - 1 - dim)
-    if target is aten.transpose.int:
+        new = len(before) - 1 - dim
+    elif target is aten.transpose.int:
         i, j = (d % len(before) for d in node.args[1:3])
-        return dataclasses.replace(loose, dim=j if dim == i else i if dim == j else dim)
-    if target is aten.permute.default:
-        order = [d % len(before) for d in node.args[1]]
-        return dataclasses.replace(loose, dim=order.index(dim))
-    if target is aten.unsqueeze.default:
-        at = node.args[1] % len(after)
-        return dataclasses.replace(loose, dim=dim + (at <= dim))
-    if target is aten.squeeze.dim:
-        at = node.args[1] % len(before)
-        if at == dim:
+        new = j if dim == i else i if dim == j else dim
+    elif target is aten.permute.default:
+        new = [d % len(before) for d in at].index(dim)
+    elif target is aten.clone.default:
+        new = dim
+    elif target is aten.unsqueeze.default:
+        new = dim + (at % len(after) <= dim)
+    elif target is aten.squeeze.dim:
+        if at % len(before) == dim:
             raise NoMatchError(f"{node} may remove the axis of the rows")
-        return dataclasses.replace(loose, dim=dim - (at < dim))
-    if target in (aten.slice.Tensor, aten.select.int):
-        at = (node.args[1] if len(node.args) > 1 else 0) % len(before)
-        if at == dim:
+        new = dim - (at % len(before) < dim) if len(after) < len(before) else dim
+    elif target in (aten.slice.Tensor, aten.select.int):
+        if at % len(before) == dim:
             raise NoMatchError(f"{node} takes some of the rows")
-        return dataclasses.replace(loose, dim=dim - (at < dim and target is aten.select.int))
+        new = dim - (at % len(before) < dim and target is aten.select.int)
+    else:
+        new = _viewed(node, before, after, dim)
+    kept = target is aten.t.default or same_shape(_longer_axes(node.args[0], dim), _longer_axes(node, new))
+    return dataclasses.replace(rows, dim=new, aligned=rows.aligned and (kept or rows.entry is None))
+
+
+def _viewed(node: fx.Node, before: Sequence[Any], after: Sequence[Any], dim: int) -> int:
+    """Where a view puts the axis of the rows, if it does not cut across it."""
     if len(after) > dim and same_shape(before[: dim + 1], after[: dim + 1]):
-        return loose
+        return dim
+    longer = [[k for k, n in enumerate(shape) if not same(n, 1)] for shape in (before, after)]
+    sizes = [tuple(shape[k] for k in axes) for shape, axes in zip((before, after), longer, strict=True)]
+    if dim in longer[0] and same_shape(*sizes):  # only axes of size 1 come and go
+        return longer[1][longer[0].index(dim)]
     raise NoMatchError(f"{node} does not keep the rows apart")
+
+
+def _longer_axes(node: fx.Node, rows: int) -> tuple[Any, ...]:
+    """The axes of a row value in order, without those of size 1; that of the rows is marked, the others are sizes."""
+    return tuple("rows" if k == rows else n for k, n in enumerate(shape_of(node)) if k == rows or not same(n, 1))
+
+
+def _swaps_last(node: fx.Node) -> bool:
+    """Whether a transpose of a matrix, or of one with axes before it, swaps the last two axes and nothing else."""
+    count = len(shape_of(node))
+    if node.target is aten.t.default:
+        return count == 2
+    if node.target is aten.transpose.int:
+        return {d % count for d in node.args[1:3]} == {count - 2, count - 1}
+    return [d % count for d in node.args[1]] == [*range(count - 2), count - 1, count - 2]
 
 
 def _expand(a: Analysis, node: fx.Node) -> Any:

@@ -90,14 +90,23 @@ class GlmStructure:
             return function(residuals)
         return torch.func.vmap(lambda *parts: function(parts))(*residuals)
 
+    def matrix(self, residuals: Sequence[Any]) -> torch.Tensor:
+        """Return X [T?, n, D]."""
+        x: torch.Tensor = residuals[self.x]
+        return x.squeeze(-3) if x.ndim > 2 + self.tasks else x
+
     def _curvature(self, residuals: Sequence[Any]) -> torch.Tensor:
-        x = residuals[self.x]
+        x = self._matrix_of_one(residuals)
         if self.kind is GlmRowKind.DIAGONAL:
             return self._run_middle(residuals, x.new_ones(x.shape[0], self.num_columns)).contiguous()
         if self.kind is GlmRowKind.RANK_ONE:
             return self._rank_one(residuals, x.new_ones(x.shape[0], self.num_columns))
         units = torch.eye(self.num_columns, dtype=x.dtype, device=x.device)
         return torch.stack([self._run_middle(residuals, e.expand(x.shape[0], -1)) for e in units], dim=-1)
+
+    def _matrix_of_one(self, residuals: Sequence[Any]) -> torch.Tensor:
+        x: torch.Tensor = residuals[self.x]
+        return x.squeeze(0) if x.ndim == 3 else x
 
     def _diagonal_of_one(self, residuals: Sequence[Any]) -> torch.Tensor:
         assert self._diagonal is not None
@@ -114,8 +123,8 @@ class GlmStructure:
         weighted, total = before(*residuals, u)
         (a,) = after(*residuals, u, torch.zeros_like(total))
         (b,) = after(*residuals, torch.zeros_like(u), torch.ones_like(total))
-        parts = [_as_rows(a, turned), _as_rows(b, turned), _as_rows(weighted, entry.transposed)]
-        return torch.stack([part.expand_as(ones) for part in parts], dim=-2)
+        parts = [_as_rows(a, ones, turned), _as_rows(b, ones, turned), _as_rows(weighted, ones, entry.transposed)]
+        return torch.stack(parts, dim=-2)
 
     def _run_middle(self, residuals: Sequence[Any], u: torch.Tensor) -> torch.Tensor:
         """Return D [n, C] of U [n, C], its columns in the order of those of U."""
@@ -124,7 +133,7 @@ class GlmStructure:
             parts.append(_laid_out(u[:, first : first + len(entry.weights)], entry))
             first += len(entry.weights)
         results = self._middle(*residuals, *parts)
-        rows = [_as_rows(d, turned) for d, turned in zip(results, self._exits_transposed, strict=True)]
+        rows = [_as_rows(d, u, turned) for d, turned in zip(results, self._exits_transposed, strict=True)]
         d = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         return d if torch.equal(self._order, torch.arange(len(self._order))) else d[:, self._order.to(d.device)]
 
@@ -260,8 +269,8 @@ def _laid_out(u: torch.Tensor, entry: Entry) -> torch.Tensor:
     return u.T if entry.transposed else u
 
 
-def _as_rows(value: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """[n, C], [C, n] or [n] as [n, C]."""
-    if value.ndim == 1:
-        return value.unsqueeze(1)
-    return value.T if transposed else value
+def _as_rows(value: torch.Tensor, like: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """[n, C], [C, n] or [n], with axes of size 1 anywhere, as [n, C]; `like` has as many rows."""
+    n = like.shape[0]
+    columns = value.numel() // n if n else like.shape[1]
+    return value.reshape(columns, n).T if transposed else value.reshape(n, columns)
