@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from mlopt.passes.glm.values import same, same_shape, shape_of
+from mlopt.passes.merge_equal_nodes import merge_equal_nodes_pass
 from mlopt.passes.remove_dead_nodes import remove_dead_nodes_pass
 
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ def simplified(module: fx.GraphModule) -> fx.GraphModule:
     while any(_factored(graph, node) for node in list(graph.nodes)):
         pass
     copy = fx.GraphModule(module, graph)
-    return remove_dead_nodes_pass(copy)
+    return remove_dead_nodes_pass(merge_equal_nodes_pass(copy))
 
 
 def _adds_zeros(node: fx.Node) -> bool:
@@ -101,7 +102,7 @@ def _factored(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 # Operations, and the arguments they are linear in one at a time.
-_LINEAR_IN = {
+_LINEAR_IN: dict[Any, tuple[int, ...]] = {
     aten.mm.default: (0, 1),
     aten.mv.default: (0, 1),
     aten.sum.dim_IntList: (0,),
