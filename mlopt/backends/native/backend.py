@@ -36,12 +36,16 @@ class NativeBackend(AbstractBackend):
         self.name = name
         self._other = other
         self._cache = DiskCache(cache_dir)
+        self._prepared: dict[fx.GraphModule, tuple[fx.GraphModule, int]] = {}  # without narrow products; how many
 
     def prepare(
         self, modules: Sequence[fx.GraphModule], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> None:
-        """Prepare the other backend."""
-        self._other.prepare(modules, progress)
+        """Replace narrow products, and let the other backend prepare what comes of it."""
+        for module in modules:
+            if module not in self._prepared:
+                self._prepared[module] = lower_skinny_products(module)
+        self._other.prepare([skinny for skinny, _ in (self._prepared[m] for m in modules)], progress)
 
     def seal(self) -> None:
         """Seal the other backend; kernels need no compilation."""
@@ -49,15 +53,18 @@ class NativeBackend(AbstractBackend):
 
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Ask the other backend."""
-        return self._other.is_prepared(module)
+        return module in self._prepared and self._other.is_prepared(self._prepared[module][0])
 
     def lower(self, module: fx.GraphModule) -> Compiled:
-        """Return the graph by kernels, where it has any, measured against the other backend."""
-        lowered: Compiled = self._other.lower(module)
-        skinny, count = lower_skinny_products(module)
+        """Return the graph by kernels, where it has any, measured against what it is without them."""
+        if module not in self._prepared:
+            self.prepare([module])
+        skinny, count = self._prepared.pop(module)
+        lowered = self._other.lower(skinny)
         if count:
             note = f"{count} product{'s' if count > 1 else ''} with few columns by kernels"
-            lowered = SkinnyGraph(module, EagerGraph(skinny), note, lowered, self._choice(module, "skinny"))
+            inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+            lowered = SkinnyGraph(lowered, note, EagerGraph(module), inputs, self._choice(module, "skinny"))
         structure = find_glm(module)
         if structure is not None:
             lowered = GlmGraph(structure, lowered, self._choice(module, "kernel"))
