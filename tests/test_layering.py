@@ -20,7 +20,7 @@ ALLOWED = {
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},
     "planner": {"graph", "hypergradient"},
-    "backends": {"errors", "ops"},
+    "backends": {"errors", "ops", "passes"},
     "runtime": {
         "autodiff",
         "backends",

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "../glm/glm_operator.h"
 #include "call.h"
 #include "operator.h"
 #include "solvers.h"
@@ -27,12 +28,16 @@ void bind_runtime(py::module& m) {
       .def(py::init<const std::string&, std::vector<at::ScalarType>>(), py::call_guard<py::gil_scoped_release>());
 
   py::class_<LinearOperator, std::shared_ptr<LinearOperator>>(m, "LinearOperator")
-      .def("apply", &LinearOperator::apply, py::call_guard<py::gil_scoped_release>());
+      .def("apply", &LinearOperator::apply, py::call_guard<py::gil_scoped_release>())
+      .def("apply_rows", &LinearOperator::apply_rows, py::call_guard<py::gil_scoped_release>());
   py::class_<PackageOperator, LinearOperator, std::shared_ptr<PackageOperator>>(m, "PackageOperator");
   py::class_<CallbackOperator, LinearOperator, std::shared_ptr<CallbackOperator>>(m, "CallbackOperator")
       .def(py::init<py::function>());
   py::class_<DampedOperator, LinearOperator, std::shared_ptr<DampedOperator>>(m, "DampedOperator")
       .def(py::init<std::shared_ptr<LinearOperator>, double>());
+  py::class_<GlmOperator, LinearOperator, std::shared_ptr<GlmOperator>>(m, "GlmOperator")
+      .def(py::init<const at::Tensor&, const std::string&, const at::Tensor&, const at::Tensor&, int64_t, bool,
+                    std::optional<at::Tensor>>());
   m.def("cg_loop", &cg_loop, py::call_guard<py::gil_scoped_release>());
   m.def("neumann_loop", &neumann_loop, py::call_guard<py::gil_scoped_release>());
 

@@ -16,6 +16,7 @@ from mlopt.autodiff.tasks import (
     read_gradient_over_tasks,
 )
 from mlopt.autodiff.trace import TracedGraph
+from mlopt.passes import draws_random
 
 __all__ = [
     "FlatLayout",
@@ -24,6 +25,7 @@ __all__ = [
     "ReadGradientGraph",
     "TaskAxis",
     "TracedGraph",
+    "draws_random",
     "gradient_graph",
     "gradient_over_tasks",
     "linearization_graphs",

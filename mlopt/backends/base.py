@@ -25,6 +25,10 @@ class Compiled(Protocol):
     """
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether `native_operator` returns a kernel of its own, rather than a way to call the graph."""
+
+    @property
     def lowering(self) -> Lowering:
         """What became of the graph."""
 

@@ -19,6 +19,8 @@ class EagerGraph:
         note: Why it runs eagerly, where something else was asked for.
     """
 
+    is_kernel = False
+
     def __init__(self, module: fx.GraphModule, note: str = "") -> None:
         self.lowering = Lowering("eager", note)
         self._forward = module.forward

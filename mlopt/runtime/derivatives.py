@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from mlopt.autodiff import (
     LinearizationGraphs,
     ReadGradientGraph,
     TaskAxis,
+    draws_random,
     gradient_graph,
     gradient_over_tasks,
     linearization_graphs,
@@ -28,7 +30,6 @@ from mlopt.autodiff import (
     read_gradient_graph,
     read_gradient_over_tasks,
 )
-from mlopt.autodiff.split import draws_random
 from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import InputRole, LossGraph
 from mlopt.planner import ProductNeeds
@@ -70,7 +71,7 @@ class AbstractLinearization(abc.ABC):
         """Return ``(d2g/dr dtheta)^T q`` [N_r] for each planned target r."""
 
     def native_hvp(self) -> Any:
-        """Return ``v -> H v`` as a native operator (see `mlopt.linalg.native`), or None."""
+        """Return ``v -> H v`` [N], or [T, N] with tasks, as a native operator (see `mlopt.linalg.native`), or None."""
         return None
 
 
@@ -329,11 +330,28 @@ class _GraphLinearization(AbstractLinearization):
         self._targets = graphs.targets
         self._hvp_graph = graphs.hvp
 
+    @functools.cached_property
+    def _operator(self) -> Any:
+        """The native operator of this point."""
+        call = self._call["hvp"]
+        return call.native_operator([*self._residuals, None], len(self._residuals))
+
+    @functools.cached_property
+    def _kernel(self) -> Any:
+        """The native operator, if it is a kernel: then it is the product, wherever one is asked for."""
+        call = self._call["hvp"]
+        operator = self._operator if call.is_kernel else None
+        return operator if call.is_kernel else None  # it may have measured, and decided otherwise
+
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._kernel is not None:
+            return self._kernel.apply(vector) if vector.ndim == 1 else self._kernel.apply_rows(vector)
         (product,) = self._call["hvp"](*self._residuals, vector)
         return product
 
     def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._kernel is not None:
+            return self._kernel.apply_rows(rows)
         # vmap needs torch operations, so it takes the graph itself whatever the backend made of it.
         graph = self._hvp_graph
         assert graph is not None
@@ -341,7 +359,7 @@ class _GraphLinearization(AbstractLinearization):
             return torch.func.vmap(lambda v: graph(*self._residuals, v)[0])(rows)
 
     def native_hvp(self) -> Any:
-        return self._call["hvp"].native_operator([*self._residuals, None], len(self._residuals))
+        return self._operator
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))

@@ -295,12 +295,12 @@ class Executor:
         """Return a problem's Hessian as an operator."""
         layout = self.layouts[name]
         dtype, device, product = layout.dtype, layout.device, linearization.hvp
+        native = linearization.native_hvp()
         if layout.tasks is None:
-            native = linearization.native_hvp()
             return FunctionOperator(
                 product, layout.size, rows=linearization.hvps, dtype=dtype, device=device, native=native
             )
-        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
+        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device, native=native)
 
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)

@@ -40,6 +40,8 @@ class LoweredGraph:
         lowering: As given.
     """
 
+    is_kernel = False
+
     def __init__(self, spec: GraphSpec, plan: CallPlan, entry: Entry, eager: Compiled, lowering: Lowering) -> None:
         extension: Any = importlib.import_module("mlopt._C")
         self.eager = eager
