@@ -31,6 +31,10 @@ class CaptureError(MloptError, RuntimeError):
     """A `training_step` could not be captured as a graph."""
 
 
+class UpdateError(MloptError, RuntimeError):
+    """The update of an optimizer could not be captured as a graph, or lacks a property that was asked of it."""
+
+
 class DataError(MloptError, ValueError):
     """A problem's data is empty, ran out, or yields batches that mlopt cannot read."""
 

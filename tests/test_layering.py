@@ -14,9 +14,9 @@ ALLOWED = {
     "linalg": {"ops"},
     "hypergradient": {"linalg"},
     "problem": {"errors", "hypergradient"},  # the latter for annotations only
-    "capture": {"errors", "problem"},
+    "capture": {"errors", "passes", "problem"},
     "passes": set(),
-    "autodiff": {"capture", "passes"},
+    "autodiff": {"capture", "errors", "passes"},
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},
     "planner": {"graph", "hypergradient"},

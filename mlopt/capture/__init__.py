@@ -1,4 +1,4 @@
-"""From a user's `training_step` to a `LossGraph`.
+"""From a user's `training_step` to a `LossGraph`, and from an optimizer's `step` to an `UpdateGraph`.
 
 Owns capture (torch.export), the clean-up of the captured graph and the batch protocol. It differentiates nothing and
 decides nothing about levels: which problem reads which parameters is recorded as a fact (`LossGraph.reads`), and
@@ -8,5 +8,18 @@ decides nothing about levels: which problem reads which parameters is recorded a
 from mlopt.capture.batch import BatchSpec, flatten_batch
 from mlopt.capture.export import capture_loss
 from mlopt.capture.record import GraphInput, InputRole, LossGraph
+from mlopt.capture.update import UpdateGraph, UpdateRole, UpdateValue
+from mlopt.capture.update_trace import capture_update
 
-__all__ = ["BatchSpec", "GraphInput", "InputRole", "LossGraph", "capture_loss", "flatten_batch"]
+__all__ = [
+    "BatchSpec",
+    "GraphInput",
+    "InputRole",
+    "LossGraph",
+    "UpdateGraph",
+    "UpdateRole",
+    "UpdateValue",
+    "capture_loss",
+    "capture_update",
+    "flatten_batch",
+]
