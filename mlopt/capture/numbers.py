@@ -170,7 +170,8 @@ def _attribute(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> An
     return None
 
 
-def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:  # noqa: A002 - torch's name
+# The written-out operations are called with torch's own argument names, hence `input`.
+def _lerp(input: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:  # noqa: A002
     # Tensor weights must have the dtype and, on an accelerator, the device of what they mix.
     return torch.lerp(input, end, torch.as_tensor(weight).to(device=input.device, dtype=input.dtype))
 
@@ -181,6 +182,14 @@ def _add(input: Tensor, other: Tensor | float, alpha: Tensor | float | None = No
 
 def _sub(input: Tensor, other: Tensor | float, alpha: Tensor | float | None = None) -> Tensor:  # noqa: A002
     return input - (other if alpha is None else other * alpha)
+
+
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, value: Tensor | float = 1) -> Tensor:  # noqa: A002
+    return input + value * tensor1 * tensor2
+
+
+def _addcdiv(input: Tensor, tensor1: Tensor, tensor2: Tensor, value: Tensor | float = 1) -> Tensor:  # noqa: A002
+    return input + value * tensor1 / tensor2
 
 
 def _addmm(
@@ -199,8 +208,8 @@ def _addmm(
 _WRITTEN_OUT: dict[str, Callable[..., Tensor]] = {
     "add": _add,
     "sub": _sub,
-    "addcmul": lambda input, tensor1, tensor2, value=1: input + value * tensor1 * tensor2,
-    "addcdiv": lambda input, tensor1, tensor2, value=1: input + value * tensor1 / tensor2,
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
     "lerp": _lerp,
     "addmm": _addmm,
 }

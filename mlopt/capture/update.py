@@ -1,8 +1,8 @@
 """`UpdateGraph`: one ``step()`` of a live optimizer as a functional graph.
 
-`mlopt.capture.update_trace` runs the optimizer's own ``step`` once, on stand-ins for its parameters, state and hyperparameters, and
-records it. Nothing is known here of any optimizer in particular: a user-written one is captured like those of PyTorch.
-The user's optimizer, its state and its parameters are read and never written.
+`mlopt.capture.update_trace` runs the optimizer's own ``step`` once, on stand-ins for its parameters, state and
+hyperparameters, and records it. Nothing is known there of any optimizer in particular: a user-written one is captured
+like those of PyTorch. The user's optimizer, its state and its parameters are read and never written.
 
 What steers the optimizer's Python code becomes the validity of the graph, in two parts. Its *signature* holds what must
 be equal: the class, which parameter is in which group, flags such as ``nesterov``, and which state tensors exist (a
@@ -200,13 +200,14 @@ class UpdateGraph:
             entries = self.optimizer.param_groups[x.group]
         else:
             entries = self.optimizer.state[self.parameters[x.parameter]]
-        old = entries.get(x.key)
+        old: Any = entries.get(x.key)
         if x.number is not None:
             new = x.number(value.item())
             if x.index is None:
                 entries[x.key] = new
             else:
-                entries[x.key] = type(old)(new if i == x.index else y for i, y in enumerate(old))
+                leaves = [new if i == x.index else y for i, y in enumerate(old)]
+                entries[x.key] = leaves if isinstance(old, list) else tuple(leaves)
         elif isinstance(old, torch.Tensor):
             old.copy_(value.reshape(old.shape))
         else:

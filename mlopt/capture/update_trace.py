@@ -95,8 +95,8 @@ class _Capture:
     def refuse(self, reason: str, advice: str = "") -> NoReturn:
         """Raise the one error of this file."""
         raise UpdateError(
-            f"problem {self.problem!r}: the update of its optimizer {type(self.optimizer).__name__} cannot be captured: "
-            f"{reason}; {advice or _ADVICE}"
+            f"problem {self.problem!r}: the update of its optimizer {type(self.optimizer).__name__} cannot be "
+            f"captured: {reason}; {advice or _ADVICE}"
         )
 
     def _check(self) -> None:
@@ -128,10 +128,12 @@ class _Capture:
         for key, value in vars(optimizer).items():
             if isinstance(value, torch.optim.Optimizer):
                 self.refuse(f"it wraps another optimizer ({key}: {type(value).__name__})", "use that one directly")
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for key in optimizer.state:
-            if id(key) not in known:
-                self.refuse(f"it keeps state that belongs to no parameter ({key!r})", "keep it per parameter")
+        for owner in optimizer.state:
+            if id(owner) not in held:
+                self.refuse(f"it keeps state that belongs to no parameter ({owner!r})", "keep it per parameter")
+        tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        if len({id(v) for v in tensors}) != len(tensors):
+            self.refuse("two entries of its state are one tensor", "give every parameter its own")
 
     def _collect_inputs(self) -> None:
         group_of = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
@@ -171,7 +173,7 @@ class _Capture:
             if x.role is UpdateRole.HYPERPARAMETER or x.number is not None:
                 numbers.make_number(example, immutable=x.number is not None)
         shadow = self._shadow()
-        step = type(self.optimizer).step
+        step: Any = type(self.optimizer).step
         # torch wraps step to call hooks and the profiler, which have no place in a graph.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
 
@@ -306,7 +308,7 @@ class _Capture:
 
     def _settle_guard(self, module: fx.GraphModule, num_outputs: int) -> tuple[bool, ...]:
         """Keep each question once, drop those about constants, refuse those about gradients and parameters."""
-        placeholders = {n: x for n, x in zip(_placeholders(module), self.inputs, strict=True)}
+        placeholders = dict(zip(_placeholders(module), self.inputs, strict=True))
         output = next(n for n in module.graph.nodes if n.op == "output")
         values = list(output.args[0])
         questions: dict[fx.Node, bool] = {}
@@ -351,7 +353,8 @@ def _put(group: dict[str, Any], x: UpdateValue, number: torch.Tensor) -> None:
     if x.index is None:
         group[x.key] = number
     else:
-        group[x.key] = type(group[x.key])(number if i == x.index else y for i, y in enumerate(group[x.key]))
+        leaves = [number if i == x.index else y for i, y in enumerate(group[x.key])]
+        group[x.key] = leaves if isinstance(group[x.key], list) else tuple(leaves)
 
 
 def _describe(error: Exception) -> str:
