@@ -180,26 +180,32 @@ def _check_elementwise(update: UpdateGraph) -> None:
     output = next(n for n in update.module.graph.nodes if n.op == "output")
     new = [(update.outputs[i], output.args[0][i]) for i in update.output_positions(UpdateRole.PARAMETER)]
     for x, root in new:
-        stack, seen = [root], set()
-        while stack:
-            node = stack.pop()
+        between = _ancestors(root)
+        for node in update.module.graph.nodes:  # in order, so that the first operation that mixes is the one named
             gradients = {y.parameter for y in read[node] if y.role is UpdateRole.GRADIENT}
-            if node in seen or not gradients:
+            if node not in between or not gradients:
                 continue
-            seen.add(node)
             if gradients != {x.parameter}:
                 other = next(iter(gradients - {x.parameter}))
                 raise _not_elementwise(update, f"the new value of {x.parameter!r} depends on the gradient of {other!r}")
-            if node.op == "placeholder":
-                continue
             aligned = all(
                 n.meta["val"].shape == node.meta["val"].shape
                 for n in node.all_input_nodes
                 if any(y.role is UpdateRole.GRADIENT for y in read[n])
             )
-            if not (aligned and _is_pointwise(node)):
+            if node.op != "placeholder" and not (aligned and _is_pointwise(node)):
                 raise _not_elementwise(update, f"{node.target} mixes elements of the gradient of {x.parameter!r}")
+
+
+def _ancestors(root: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
             stack.extend(node.all_input_nodes)
+    return seen
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -112,7 +112,6 @@ def test_the_users_objects_are_untouched(name, steps):
         assert list(optimizer.state[p]) == list(state[p]) and all(
             optimizer.state[p][k] is v for k, v in state[p].items()
         )
-    scheduler.step()
 
 
 def test_param_groups():
