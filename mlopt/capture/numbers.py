@@ -138,9 +138,10 @@ class PythonNumbers(TorchFunctionMode):
 
         Against tensors with dimensions a 0-d tensor does not take part in type promotion; against 0-d ones it does.
         """
-        if any(x.ndim > 0 for x in peers) or not all(x.is_floating_point() for x in peers):
+        floating = [x for x in peers if x.is_floating_point()]
+        if floating and any(x.ndim > 0 for x in floating):
             return values
-        dtype = peers[0].dtype
+        dtype = floating[0].dtype if floating else torch.get_default_dtype()
         return tree_map(lambda x: x.to(dtype) if self.is_number(x) else x, values)
 
     def _fused(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -154,10 +155,18 @@ class PythonNumbers(TorchFunctionMode):
         operands = {"input" if key == "self" else key: value for key, value in operands.items()}
         out = operands.pop("out", None)
         peers = [x for x in operands.values() if isinstance(x, Tensor) and not self.is_number(x)]
+        target, dtype = operands["input"], operands["input"].dtype
+        if dtype in (torch.float16, torch.bfloat16):  # rounded once, as in the kernels
+            operands = {
+                k: x.float() if isinstance(x, Tensor) and not self.is_number(x) else x for k, x in operands.items()
+            }
+            peers = [x for x in operands.values() if isinstance(x, Tensor) and not self.is_number(x)]
         result = _WRITTEN_OUT[op](**self._adapt(operands, peers))
+        if result.dtype != dtype and dtype.is_floating_point:
+            result = result.to(dtype)
         if out is not None:
             return out.copy_(result)
-        return operands["input"].copy_(result) if name.endswith("_") else result
+        return target.copy_(result) if name.endswith("_") else result
 
 
 def _attribute(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> Any:
@@ -199,8 +208,6 @@ def _addmm(
     beta: Tensor | float = 1,
     alpha: Tensor | float = 1,
 ) -> Tensor:
-    if input.dtype in (torch.float16, torch.bfloat16):  # one rounding, as in the kernel
-        return (beta * input.float() + alpha * (mat1.float() @ mat2.float())).to(input.dtype)
     return beta * input + alpha * (mat1 @ mat2)
 
 

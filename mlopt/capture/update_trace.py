@@ -14,6 +14,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import optimizer as torch_optimizer
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from mlopt.capture.numbers import PythonNumbers, ValueReadError, math_on_tensors
 from mlopt.capture.update import (
@@ -125,9 +126,6 @@ class _Capture:
         own = vars(optimizer).get("step")
         if own is not None and inspect.unwrap(own) is not inspect.unwrap(cls.step):
             self.refuse("its step was replaced on the object", "write a subclass that overrides step")
-        for key, value in vars(optimizer).items():
-            if isinstance(value, torch.optim.Optimizer):
-                self.refuse(f"it wraps another optimizer ({key}: {type(value).__name__})", "use that one directly")
         for owner in optimizer.state:
             if id(owner) not in held:
                 self.refuse(f"it keeps state that belongs to no parameter ({owner!r})", "keep it per parameter")
@@ -173,6 +171,7 @@ class _Capture:
             if x.role is UpdateRole.HYPERPARAMETER or x.number is not None:
                 numbers.make_number(example, immutable=x.number is not None)
         shadow = self._shadow()
+        versions = {x: t._version for x, t in zip(self.inputs, self.examples, strict=True)}
         step: Any = type(self.optimizer).step
         # torch wraps step to call hooks and the profiler, which have no place in a graph.
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
@@ -181,7 +180,7 @@ class _Capture:
             assert all(a is b for a, b in zip(tensors, self.examples, strict=True)), "make_fx replaced the stand-ins"
             with numbers, torch.no_grad(), math_on_tensors():
                 step(shadow)
-            results = self._collect_outputs(shadow, numbers)
+            results = self._collect_outputs(shadow, numbers, versions)
             # What was asked of plain constants has no place in a guard, and is found by its missing inputs.
             return (*results, *(question for question, _ in numbers.branches))
 
@@ -196,7 +195,7 @@ class _Capture:
             self.refuse(_describe(error))
         for key, value in _plain_attributes(shadow).items():
             if key not in before or not _equal(before[key], value):
-                self.refuse(f"its step changes the attribute {key!r}", "keep what changes in optimizer.state")
+                self.refuse(f"its step changes the attribute {key}", "keep what changes in optimizer.state")
         self.answers = [answer for _, answer in numbers.branches]
         for node in recorded.graph.nodes:
             if node.op == "get_attr":
@@ -235,6 +234,9 @@ class _Capture:
             copied = copy.deepcopy(state, memo)
         except Exception as error:
             self.refuse(f"it cannot be copied ({type(error).__name__}: {error})")
+        for part in memo.values():
+            if isinstance(part, torch.optim.Optimizer) and part is not shadow:
+                self.refuse(f"it wraps another optimizer ({type(part).__name__})", "use that one directly")
         shadow.state = torch_optimizer.defaultdict(dict, copied)
         self.foreign = [t for i, t in memo.items() if isinstance(t, torch.Tensor) and i not in chosen]
         shadow.defaults.update({flag: False for flag in IMPLEMENTATION_FLAGS if flag in shadow.defaults})
@@ -247,7 +249,9 @@ class _Capture:
                 shadow.state[by_role[UpdateRole.PARAMETER, x.parameter, ""]][x.key] = number
         return shadow
 
-    def _collect_outputs(self, shadow: torch.optim.Optimizer, numbers: PythonNumbers) -> list[torch.Tensor]:
+    def _collect_outputs(
+        self, shadow: torch.optim.Optimizer, numbers: PythonNumbers, versions: Mapping[UpdateValue, int]
+    ) -> list[torch.Tensor]:
         self.outputs, self.made = [], {}
         results: list[torch.Tensor] = []
         known = {(x.parameter, x.key): x for x in self.inputs if x.role is UpdateRole.STATE}
@@ -275,7 +279,7 @@ class _Capture:
             if x.role is UpdateRole.HYPERPARAMETER:
                 now = shadow.param_groups[x.group][x.key]
                 now = now if x.index is None else now[x.index]
-                if now is not t:
+                if now is not t or t._version != versions[x]:  # a tensor lr may be written in place
                     self.outputs.append(x)
                     results.append(torch.as_tensor(now, dtype=torch.float64))
         extra = set(shadow.state) - {t for _, t in parameters}
@@ -371,12 +375,14 @@ def _describe(error: Exception) -> str:
 
 
 def _plain_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the numbers, flags and tensors in the attributes of an optimizer, those in lists and dicts too."""
+    attributes = {key: value for key, value in vars(optimizer).items() if key not in ("state", "param_groups")}
     kept = {}
-    for key, value in vars(optimizer).items():
+    for path, value in tree_flatten_with_path(attributes)[0]:
         if isinstance(value, torch.Tensor):
-            kept[key] = value.detach().clone()
+            kept[keystr(path)] = value.detach().clone()
         elif is_number(value) or isinstance(value, bool | str | None):
-            kept[key] = value
+            kept[keystr(path)] = value
     return kept
 
 

@@ -7,12 +7,26 @@ from torch import optim
 from mlopt.autodiff import FlatLayout, update_factor, update_vjp
 from mlopt.capture import UpdateRole, capture_update
 from mlopt.errors import UpdateError
-from tests.helpers.optimizers import ELEMENTWISE, SUPPORTED, gradients, make, parameters, set_gradients, twin, walk
+from tests.helpers.optimizers import (
+    ELEMENTWISE,
+    ONE_EACH,
+    SUPPORTED,
+    gradients,
+    make,
+    parameters,
+    set_gradients,
+    twin,
+    walk,
+)
 
 
-def factor(params, optimizer):
-    update = capture_update("p", optimizer, params)
-    (flat,) = update_factor(update, FlatLayout.of("p", params)).traced.module(*update.bind())
+def factor(params, optimizer, known=None):
+    """Return the factor; `known` holds a graph to go on with as long as it is valid."""
+    known = {} if known is None else known
+    if not known or not known["update"].accepts():
+        known["update"] = capture_update("p", optimizer, params)
+        known["factor"] = update_factor(known["update"], FlatLayout.of("p", params)).traced.module
+    (flat,) = known["factor"](*known["update"].bind())
     return flat
 
 
@@ -55,14 +69,14 @@ def random_gradients(params, t):
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_factor(name):
     params, optimizer = make(name)
-    done = 0
+    known, done = {}, 0
     for t in (1, 2, 10, 100):
         for s in range(done + 1, t):
             set_gradients(params, random_gradients(params, s))
             optimizer.step()
         grads = random_gradients(params, t)
         set_gradients(params, grads)
-        ours = factor(params, optimizer)
+        ours = factor(params, optimizer, known)
         torch.testing.assert_close(ours, factor_by_differences(params, optimizer, grads), rtol=1e-6, atol=1e-8)
         # ASGD ignores the flag in its counters, and the user-written ones have none.
         if name in SUPPORTED and name != "asgd" and t > 1:
@@ -99,7 +113,7 @@ def test_factor_of_adam_in_closed_form(t):
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_zero_gradients(name):
     """Where every gradient so far was 0, all derivatives are finite; Adam's factor is then lr / eps exactly."""
-    params, optimizer = make(name)
+    params, optimizer = small(name, ELEMENTWISE[name][1].get("eps"))
     for _ in range(2):
         zeros = {key: torch.zeros_like(p) for key, p in params.items()}
         set_gradients(params, zeros)
@@ -112,9 +126,7 @@ def test_zero_gradients(name):
         ours = factor(params, optimizer)
         assert ours.isfinite().all()
         if name in ("adam", "adamw", "nadam"):
-            torch.testing.assert_close(
-                ours[:12], factor_by_differences(params, optimizer, zeros, 1e-14)[:12], rtol=1e-3, atol=0
-            )
+            torch.testing.assert_close(ours, factor_by_differences(params, optimizer, zeros, 1e-14), rtol=1e-3, atol=0)
         optimizer.step()
 
 
@@ -175,11 +187,13 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def small(name):
+def small(name, eps=1e-2):
     """One vector of three elements, so that gradcheck is quick."""
     cls, options = ELEMENTWISE[name]
-    if "eps" in optim_defaults(cls):  # the usual 1e-8 makes curvatures that differences of 1e-6 cannot resolve
-        options = {**options, "eps": 1e-2}
+    if eps is not None and "eps" in optim_defaults(
+        cls
+    ):  # the usual 1e-8 makes curvatures that differences of 1e-6 cannot resolve
+        options = {**options, "eps": eps}
     params = {"vector": torch.nn.Parameter(torch.tensor([0.5, -0.3, 0.8], dtype=torch.float64))}
     return params, cls(params.values(), **options)
 
@@ -211,7 +225,7 @@ def test_gradcheck(name, steps):
     assert torch.autograd.gradcheck(function, [tensors[i].requires_grad_() for i in free], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_vjp_equals_autograd_of_the_graph(name):
     params, optimizer = make(name)
     walk(params, optimizer, 2)

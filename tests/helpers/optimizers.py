@@ -113,6 +113,11 @@ USER_WRITTEN = {
     "lion": (Lion, {}),
 }
 ELEMENTWISE = SUPPORTED | USER_WRITTEN
+# One of each class, for the tests that take long.
+ONE_EACH = [
+    *("sgd-nesterov", "adam-amsgrad", "adamw", "rmsprop-centered", "adadelta", "nadam", "adagrad-decay", "adamax"),
+    *("radam", "asgd", "old-adam", "lion"),
+]
 
 
 def parameters(dtype=torch.float64, seed=0):
