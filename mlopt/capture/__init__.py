@@ -1,8 +1,8 @@
 """From a user's `training_step` to a `LossGraph`, and from an optimizer's `step` to an `UpdateGraph`.
 
-Owns capture (torch.export), the clean-up of the captured graph and the batch protocol. It differentiates nothing and
-decides nothing about levels: which problem reads which parameters is recorded as a fact (`LossGraph.reads`), and
-`mlopt.graph` draws the conclusions.
+Owns capture (torch.export for losses, make_fx for optimizer steps), the clean-up of the captured graphs and the batch
+protocol. It differentiates nothing and decides nothing about levels: which problem reads which parameters is recorded
+as a fact (`LossGraph.reads`), and `mlopt.graph` draws the conclusions.
 """
 
 from mlopt.capture.batch import BatchSpec, flatten_batch

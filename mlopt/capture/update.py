@@ -145,20 +145,13 @@ class UpdateGraph:
         return tuple(bool(x) for x in self.guard(*tensors)) == self.answers
 
     def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Make one functional step: the new values in the order of `outputs`. Differentiable by autograd."""
-        return list(self.module(*tensors))
+        """Make one functional step: the new values in the order of `outputs`.
 
-    def next_inputs(
-        self, following: UpdateGraph, tensors: Sequence[torch.Tensor], results: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor | None]:
-        """Arrange the inputs of a following step from the inputs and the results of this one.
-
-        Returns:
-            In the order of ``following.inputs``; None for gradients, which the caller fills in.
+        Differentiable by autograd with respect to every tensor that requires a gradient, so call it under
+        ``torch.no_grad()`` for a plain step: live parameters do. To go on from the results, match `outputs` with the
+        `inputs` of the next step's graph; equal `UpdateValue`s are the same tensor.
         """
-        known = {x: t for x, t in zip(self.inputs, tensors, strict=True) if x.role is not UpdateRole.GRADIENT}
-        known |= dict(zip(self.outputs, results, strict=True))
-        return [known.get(x) for x in following.inputs]
+        return list(self.module(*tensors))
 
     def commit(self, results: Sequence[torch.Tensor]) -> None:
         """Write the results of a step into the live parameters, state and param groups, as ``step()`` would."""

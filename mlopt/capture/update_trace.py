@@ -110,6 +110,8 @@ class _Capture:
                 self.refuse(f"the parameter {name!r} has the layout {p.layout}", "use a dense parameter")
             if p.is_complex():
                 self.refuse(f"the parameter {name!r} is complex", "keep its real and imaginary part as a real tensor")
+        if len({id(p) for p in self.parameters.values()}) != len(self.parameters):
+            self.refuse("a parameter was given under two names", "give every parameter once")
         if not self.parameters:
             self.refuse("none of its parameters receives a gradient", "let the loss use one of them")
         closure = inspect.signature(cls.step).parameters.get("closure")

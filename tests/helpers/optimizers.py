@@ -94,6 +94,23 @@ class Lion(optim.Optimizer):
                 m.lerp_(p.grad, 1 - beta2)
 
 
+class ClippedAdamW(optim.AdamW):
+    """A subclass that changes the gradients and calls PyTorch's step."""
+
+    def __init__(self, params, clip=0.5, **kwargs):
+        super().__init__(params, **kwargs)
+        for group in self.param_groups:
+            group["clip"] = clip
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.clamp_(-group["clip"], group["clip"])
+        return super().step(closure)
+
+
 class NormalizedSGD(optim.Optimizer):
     """Not element-wise: the gradient is divided by its norm."""
 
@@ -111,6 +128,7 @@ class NormalizedSGD(optim.Optimizer):
 USER_WRITTEN = {
     "old-adam": (OldAdam, {"weight_decay": 0.1}),
     "lion": (Lion, {}),
+    "clipped-adamw": (ClippedAdamW, {"lr": 0.01}),
 }
 ELEMENTWISE = SUPPORTED | USER_WRITTEN
 # One of each class, for the tests that take long.
