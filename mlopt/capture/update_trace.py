@@ -64,7 +64,6 @@ class _Capture:
         self.outputs: list[UpdateValue] = []
         self.made: dict[tuple[str, str], object] = {}
         self.answers: list[bool] = []
-        self.foreign: list[torch.Tensor] = []
 
     def run(self) -> UpdateGraph:
         self._check()
@@ -199,15 +198,15 @@ class _Capture:
             if key not in before or not _equal(before[key], value):
                 self.refuse(f"its step changes the attribute {key}", "keep what changes in optimizer.state")
         self.answers = [answer for _, answer in numbers.branches]
+        lifts = (aten.lift_fresh.default, aten.lift_fresh_copy.default)
         for node in recorded.graph.nodes:
-            if node.op == "get_attr":
-                constant = getattr(recorded, node.target)
-                if constant.numel() > 1 or any(constant is t for t in self.foreign):
-                    self.refuse(
-                        f"its step reads a tensor of shape {tuple(constant.shape)} that is no parameter, gradient or "
-                        "state of one",
-                        "keep it in optimizer.state[parameter]",
-                    )
+            # A tensor that the step made itself, ``torch.tensor(0.0)``, is lifted first; others came from outside.
+            if node.op == "get_attr" and any(user.target not in lifts for user in node.users):
+                self.refuse(
+                    f"its step reads a tensor of shape {tuple(getattr(recorded, node.target).shape)} that is no "
+                    "parameter, gradient or state of one",
+                    "keep it in optimizer.state[parameter]",
+                )
         return recorded
 
     def _shadow(self) -> torch.optim.Optimizer:
@@ -222,7 +221,6 @@ class _Capture:
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, torch.Tensor):
                     memo[id(value)] = by_role[UpdateRole.STATE, name, key]
-        chosen = set(memo)
         for group in self.optimizer.param_groups:  # without a gradient: never read, so not copied
             for p in group["params"]:
                 if id(p) not in memo:
@@ -240,7 +238,6 @@ class _Capture:
             if isinstance(part, torch.optim.Optimizer) and part is not shadow:
                 self.refuse(f"it wraps another optimizer ({type(part).__name__})", "use that one directly")
         shadow.state = torch_optimizer.defaultdict(dict, copied)
-        self.foreign = [t for i, t in memo.items() if isinstance(t, torch.Tensor) and i not in chosen]
         shadow.defaults.update({flag: False for flag in IMPLEMENTATION_FLAGS if flag in shadow.defaults})
         for group in shadow.param_groups:
             group.update({flag: False for flag in IMPLEMENTATION_FLAGS if flag in group})

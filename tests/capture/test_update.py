@@ -318,6 +318,16 @@ class Remembering(optim.SGD):
             p.lerp_(s, 0.5)
 
 
+RATE = torch.tensor(0.1, dtype=torch.float64)
+
+
+class Outside(optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad * RATE)
+
+
 class Wrapping(optim.SGD):
     def __init__(self, params, **kwargs):
         params = list(params)
@@ -344,6 +354,7 @@ class Listing(optim.SGD):
         (Reading, r"reads a value, float\(\) of a tensor, at .*test_update.py:\d+: p.sub_"),
         (Counting, "changes the attribute \\['num_steps'\\]"),
         (Remembering, r"a tensor of shape \(4, 3\) that is no parameter"),
+        (Outside, r"a tensor of shape \(\) that is no parameter"),
         (Wrapping, r"wraps another optimizer \(SGD\)"),
         (Listing, "puts a list into the state"),
     ],
