@@ -164,9 +164,10 @@ def set_gradients(params, grads):
         p.grad = grads[name].clone()
 
 
-def make(name, dtype=torch.float64, **changes):
+def make(name, dtype=torch.float64, only=None, **changes):
+    """Return parameters (all of `parameters`, or `only` some) and an optimizer of the table over them."""
     cls, options = {**ELEMENTWISE, "normalized": (NormalizedSGD, {})}[name]
-    params = parameters(dtype)
+    params = {key: p for key, p in parameters(dtype).items() if only is None or key in only}
     return params, cls(params.values(), **{**options, **changes})
 
 
