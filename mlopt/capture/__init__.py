@@ -9,7 +9,7 @@ from mlopt.capture.batch import BatchSpec, flatten_batch
 from mlopt.capture.export import capture_loss
 from mlopt.capture.record import GraphInput, InputRole, LossGraph
 from mlopt.capture.update import UpdateGraph, UpdateRole, UpdateValue
-from mlopt.capture.update_trace import capture_update
+from mlopt.capture.update_kinds import capture_update
 
 __all__ = [
     "BatchSpec",

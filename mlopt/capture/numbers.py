@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 Tensor = torch.Tensor
 
-# Reading a number's value in these ways would freeze it; unlike a branch or a loop count, it would freeze a derivative.
+# Reading a number's value in these ways would freeze it; no question for the guard can stand for what is then done.
 _VALUE_READERS = {"__float__", "__complex__", "__array__", "numpy", "tolist", "__format__", "__repr__"}
 _CONVERSIONS = {"to", "cpu", "cuda", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"}
 _NOT_IN_PLACE = {"__index__", "__int__", "__invert__", "__iter__", "__init__", "__init_subclass__"}
@@ -66,10 +66,6 @@ class PythonNumbers(TorchFunctionMode):
             return _attribute(func, name, args)
         if name in ("item", "__bool__", "__int__", "__index__") or name in _VALUE_READERS:
             return self._read(name, args[0])
-        if name in ("sqrt", "sqrt_", "pow", "pow_", "__pow__", "__ipow__") and not self.is_number(args[0]):
-            root = self._root(name, args)
-            if root is not None:
-                return root
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         numbers = [x for x in tensors if self.is_number(x)]
         if not numbers:
@@ -102,19 +98,6 @@ class PythonNumbers(TorchFunctionMode):
             return bool(value)
         self.branches.append((tensor.to(torch.int64) == int(value), True))
         return int(value)
-
-    def _root(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
-        """Return a square root whose derivative at 0 is 0 (None if the call is no root)."""
-        if name in ("sqrt", "sqrt_"):
-            power = 0.5
-        elif isinstance(args[1], float) and 0 < args[1] < 1:
-            power = args[1]
-        else:
-            return None
-        zero = args[0] == 0
-        result = args[0].masked_fill(zero, 1.0)
-        result = (result.sqrt() if power == 0.5 else result**power).masked_fill(zero, 0.0)
-        return args[0].copy_(result) if name in ("sqrt_", "pow_", "__ipow__") else result
 
     def _pure(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: list[Tensor]

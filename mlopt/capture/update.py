@@ -1,6 +1,6 @@
 """`UpdateGraph`: one ``step()`` of a live optimizer as a functional graph.
 
-`mlopt.capture.update_trace` runs the optimizer's own ``step`` once, on stand-ins for its parameters, state and
+`capture_update` runs the optimizer's own ``step`` once, on stand-ins for its parameters, state and
 hyperparameters, and records it. Nothing is known there of any optimizer in particular: a user-written one is captured
 like those of PyTorch. The user's optimizer, its state and its parameters are read and never written.
 
@@ -9,10 +9,9 @@ be equal: the class, which parameter is in which group, flags such as ``nesterov
 first step, which makes them, is another graph than later ones). Its *guard* is a small graph of the questions that the
 code asked of numbers (``weight_decay != 0``, ``rho_t > 5``), to be answered again for other hyperparameters and steps.
 
-Derivatives. The graph is differentiable by autograd in every floating input. Square roots have the subgradient 0 at 0:
-Adam's denominator ``sqrt(v)`` has an infinite derivative where every gradient so far was 0, which autograd would
-multiply by 0 to NaN. The numerator vanishes there with it, so leaving the term out is not only finite but right: at
-``t = 1`` Adam's step is ``-lr g / (|g| + eps)``, whose derivative at ``g = 0`` is ``-lr / eps``.
+The graph serves the compiled step and is not differentiated: the derivatives of a step (`mlopt.Unroll`, `mlopt.SAMA`)
+are taken of the optimizer's own code, by `mlopt.autodiff.update`, which needs no capture per state and follows every
+branch. What the graph is for is machine code, where it must be one functional graph with numbers as inputs.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class UpdateValue:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UpdateGraph:
-    """One step of an optimizer, ``f(*inputs) -> outputs``, functional and differentiable.
+    """One step of an optimizer, ``f(*inputs) -> outputs``, functional.
 
     Attributes:
         problem: Name of the problem.
@@ -106,18 +105,6 @@ class UpdateGraph:
         """Return the output positions of one role."""
         return [i for i, x in enumerate(self.outputs) if x.role is role]
 
-    @property
-    def steering(self) -> tuple[UpdateValue, ...]:
-        """Hyperparameters that the new values do not depend on, only the way the code took (``weight_decay == 0``).
-
-        The derivative with respect to them is 0 on this graph; for a weight decay that is exactly 0, torch skips the
-        term, and with it the derivative.
-        """
-        nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]
-        return tuple(
-            x for x, n in zip(self.inputs, nodes, strict=True) if x.role is UpdateRole.HYPERPARAMETER and not n.users
-        )
-
     def bind(self, gradients: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         """Return the live tensors in the order of `inputs`, numbers as new 0-d float64 tensors.
 
@@ -147,11 +134,11 @@ class UpdateGraph:
     def apply(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Make one functional step: the new values in the order of `outputs`.
 
-        Differentiable by autograd with respect to every tensor that requires a gradient, so call it under
-        ``torch.no_grad()`` for a plain step: live parameters do. To go on from the results, match `outputs` with the
-        `inputs` of the next step's graph; equal `UpdateValue`s are the same tensor.
+        To go on from the results, match `outputs` with the `inputs` of the next step's graph; equal `UpdateValue`s are
+        the same tensor.
         """
-        return list(self.module(*tensors))
+        with torch.no_grad():
+            return list(self.module(*tensors))
 
     def commit(self, results: Sequence[torch.Tensor]) -> None:
         """Write the results of a step into the live parameters, state and param groups, as ``step()`` would."""
@@ -215,7 +202,7 @@ def signature_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torc
         held = tuple(names[id(p)] for p in group["params"] if id(p) in names)
         groups.append((held, tuple(hyperparameters(number, group)), tuple(_constants(group))))
     tensors = tuple(
-        (_kind(p), tuple((key, _kind(value)) for key, value in optimizer.state.get(p, {}).items()))
+        (kind_of(p), tuple((key, kind_of(value)) for key, value in optimizer.state.get(p, {}).items()))
         for p in parameters.values()
     )
     return (type(optimizer), tuple(groups), tensors)
@@ -248,7 +235,8 @@ def _constants(group: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
             yield key, tuple(value) if isinstance(value, list) else value
 
 
-def _kind(value: object) -> object:
+def kind_of(value: object) -> object:
+    """Return what must be equal of two entries for one graph to serve both."""
     if isinstance(value, torch.Tensor):
         return (value.dtype, value.device, tuple(value.shape))
     return type(value) if is_number(value) else value

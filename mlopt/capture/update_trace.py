@@ -32,23 +32,8 @@ from mlopt.passes import remove_dead_nodes_pass, run_default_passes
 aten = torch.ops.aten
 
 
-def capture_update(
-    problem: str, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
-) -> UpdateGraph:
-    """Capture one step of an optimizer in its present state.
-
-    Args:
-        problem: Name of the problem, for messages.
-        optimizer: The live optimizer. It is not stepped, and none of its objects is written.
-        parameters: The parameters that receive a gradient, by name. Others that the optimizer holds have the gradient
-            None, and PyTorch leaves such parameters and their state alone.
-
-    Returns:
-        The graph, which holds as long as `UpdateGraph.accepts` says so.
-
-    Raises:
-        UpdateError: The step cannot be captured; names the optimizer, the reason and what to do.
-    """
+def trace_update(problem: str, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> UpdateGraph:
+    """Capture a step by tracing all of it: the work of `capture_update`, but for `own_outputs`."""
     return _Capture(problem, optimizer, dict(parameters)).run()
 
 
@@ -78,7 +63,6 @@ class _Capture:
             _select(module, range(num_outputs)),
             _select(module, range(num_outputs, num_outputs + len(answers))),
         )
-        _own_outputs(main)
         return UpdateGraph(
             problem=self.problem,
             optimizer=self.optimizer,
@@ -420,7 +404,7 @@ def _select(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphModule:
     return selected
 
 
-def _own_outputs(module: fx.GraphModule) -> None:
+def own_outputs(module: fx.GraphModule) -> None:
     """Clone outputs that would share memory with an input, a constant or another output.
 
     A first step of SGD keeps the gradient itself as momentum; who zeroes gradients in place would zero it too.

@@ -1,12 +1,13 @@
 """The captured update against the optimizer's own step, for every optimizer and option."""
 
 import copy
+import time
 
 import pytest
 import torch
 from torch import nn, optim
 
-from mlopt.capture import UpdateRole, capture_update
+from mlopt.capture import UpdateRole, capture_update, update_kinds
 from mlopt.errors import MloptError, UpdateError
 from tests.helpers.optimizers import ELEMENTWISE, ONE_EACH, gradients, make, parameters, set_gradients, twin, walk
 
@@ -127,7 +128,6 @@ def test_param_groups():
         params["empty"].grad = None
         update = capture_update("p", optimizer, given)
         assert_same_step(update, given, optimizer, 1e-12)
-    assert [str(x) for x in update.steering] == ["group 1: weight_decay"]
 
 
 def test_parameters_without_gradient_are_left_alone():
@@ -398,3 +398,102 @@ def test_hooks_and_replaced_steps_are_refused():
     optimizer.step = lambda closure=None: None
     with pytest.raises(UpdateError, match="replaced on the object"):
         capture_update("p", optimizer, params)
+
+
+# name -> (class, options) of optimizers whose parameters see each other, or are not treated alike.
+def _norm_of_all(self):
+    total = sum((p.grad**2).sum() for g in self.param_groups for p in g["params"] if p.grad is not None).sqrt()
+    for group in self.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                p.sub_(group["lr"] * p.grad / total)
+
+
+def _by_position(self):
+    for group in self.param_groups:
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None:
+                p.sub_(group["lr"] * 0.5**i * p.grad)
+
+
+def _counting(self):
+    for group in self.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                group["count"] += 1
+                p.sub_(group["lr"] / group["count"] * p.grad)
+
+
+class _Written(optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "count": 0})
+
+
+WRITTEN = {
+    f.__name__: type(
+        f"Written{f.__name__}", (_Written,), {"step": torch.no_grad()(lambda self, closure=None, f=f: f(self))}
+    )
+    for f in (_norm_of_all, _by_position, _counting)
+}
+
+
+def many(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(4, 3), (3,), (4, 3), (3,), (4, 3), (3,), (4, 3), (), ()]
+    return {
+        f"p{i}": nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for i, s in enumerate(shapes)
+    }
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *WRITTEN])
+def test_many_parameters_of_one_kind(name, monkeypatch):
+    """Traced by a few of each kind where that is right, whole where it is not; never wrong."""
+    params = many()
+    cls, settings = ELEMENTWISE.get(name) or (WRITTEN[name], {})
+    optimizer = cls(params.values(), **settings)
+    traced = []
+    trace = update_kinds.trace_update
+
+    def traces(problem, optimizer, given):
+        traced.append(len(given))
+        return trace(problem, optimizer, given)
+
+    monkeypatch.setattr(update_kinds, "trace_update", traces)
+    for t in (1, 2):
+        traced.clear()
+        set_gradients(params, gradients(params, t))
+        update = capture_update("p", optimizer, params)
+        assert update.accepts()
+        assert_same_step(update, params, optimizer, 1e-12)
+    # The group's counters of Lion may depend on the number of parameters, so it is traced whole, too.
+    assert traced == ([6, 9] if name in (*WRITTEN, "lion") else [6])
+
+
+def test_parameters_of_one_kind_at_different_steps():
+    params = many()
+    optimizer = optim.RAdam(params.values(), lr=0.01)
+    for t in range(1, 9):
+        set_gradients(params, gradients(params, t))
+        if t < 8:
+            params["p6"].grad = None  # its first step, where the others take another formula
+        update = capture_update("p", optimizer, {n: p for n, p in params.items() if p.grad is not None})
+        assert update.accepts()
+        optimizer.step()
+    set_gradients(params, gradients(params, 9))
+    update = capture_update("p", optimizer, params)
+    assert update.accepts()
+    assert_same_step(update, params, optimizer, 1e-12)
+
+
+def test_a_net_of_sixty_tensors_is_captured_at_once():
+    params = {f"p{i}": nn.Parameter(torch.zeros(8, 8)) for i in range(60)}
+    optimizer = optim.Adam(params.values())
+    set_gradients(params, {n: torch.ones_like(p) for n, p in params.items()})
+    optimizer.step()
+    sizes = []
+    for count in (2, 60):
+        start = time.perf_counter()
+        update = capture_update("p", optimizer, dict([*params.items()][:count]))
+        sizes.append((len(update.module.graph.nodes), time.perf_counter() - start))
+    assert sizes[1][0] == pytest.approx(30 * sizes[0][0], rel=0.05)
+    assert sizes[1][1] < 10 * sizes[0][1]  # traced whole it takes 25 times as long
