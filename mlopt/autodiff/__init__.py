@@ -9,6 +9,8 @@ do not differentiate twice.
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
+from mlopt.autodiff.scaling import scale_gradients
+from mlopt.autodiff.step import StepGraph, present_gradients, step_graph
 from mlopt.autodiff.tasks import (
     TaskAxis,
     gradient_over_tasks,
@@ -22,12 +24,16 @@ __all__ = [
     "GradientGraph",
     "LinearizationGraphs",
     "ReadGradientGraph",
+    "StepGraph",
     "TaskAxis",
     "TracedGraph",
     "gradient_graph",
     "gradient_over_tasks",
     "linearization_graphs",
     "linearization_over_tasks",
+    "present_gradients",
     "read_gradient_graph",
     "read_gradient_over_tasks",
+    "scale_gradients",
+    "step_graph",
 ]

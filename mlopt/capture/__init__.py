@@ -10,6 +10,7 @@ from mlopt.capture.export import capture_loss
 from mlopt.capture.record import GraphInput, InputRole, LossGraph
 from mlopt.capture.update import UpdateGraph, UpdateRole, UpdateValue
 from mlopt.capture.update_kinds import capture_update
+from mlopt.capture.update_twin import warmed_twin
 
 __all__ = [
     "BatchSpec",
@@ -22,4 +23,5 @@ __all__ = [
     "capture_loss",
     "capture_update",
     "flatten_batch",
+    "warmed_twin",
 ]

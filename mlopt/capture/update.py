@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.optim import optimizer as torch_optimizer
 
 from mlopt.errors import UpdateError
 
@@ -114,7 +117,7 @@ class UpdateGraph:
         Raises:
             UpdateError: A gradient is missing or sparse, or a state entry is gone.
         """
-        return [self._live(x, gradients) for x in self.inputs]
+        return [self.live(x, gradients) for x in self.inputs]
 
     def accepts(self, tensors: Sequence[torch.Tensor] | None = None) -> bool:
         """Whether the graph is the step that the live optimizer would make now.
@@ -140,15 +143,91 @@ class UpdateGraph:
         with torch.no_grad():
             return list(self.module(*tensors))
 
-    def commit(self, results: Sequence[torch.Tensor]) -> None:
-        """Write the results of a step into the live parameters, state and param groups, as ``step()`` would."""
+    def commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+        """Write the results of a step into the live parameters, state and param groups, as ``step()`` would.
+
+        Live tensors are written in one call into torch, which no signal interrupts.
+
+        Args:
+            results: New values in the order of `outputs`.
+            also: (live tensor, new value) pairs to write together with them.
+        """
+        pairs = [*also]
+        others: list[tuple[UpdateValue, torch.Tensor]] = []
+        for x, value in zip(self.outputs, results, strict=True):
+            live = self._target(x)
+            if live is None:
+                others.append((x, value))
+            else:
+                pairs.append((live, value.reshape(live.shape)))
         with torch.no_grad():
-            for x, value in zip(self.outputs, results, strict=True):
+            if pairs:
+                torch._foreach_copy_([live for live, _ in pairs], [value for _, value in pairs])
+            for x, value in others:
                 self._store(x, value.detach())
             for (name, key), constant in self.made.items():
                 self.optimizer.state[self.parameters[name]][key] = constant
 
-    def _live(self, x: UpdateValue, gradients: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    def is_free(self) -> bool:
+        """Whether the live optimizer's ``step()`` is its class's, with no hooks that a graph would not call."""
+        own = vars(self.optimizer).get("step")
+        replaced = own is not None and inspect.unwrap(own) is not inspect.unwrap(type(self.optimizer).step)
+        return not replaced and not any(hooks_of(self.optimizer))
+
+    def fingerprint(self) -> object:
+        """Return something that stays equal as long as `accepts` and `is_free` give the same answers.
+
+        None if that cannot be told: a branch depends on a counter, or a number is a tensor. Much cheaper than they are.
+        """
+        if any(hooks_of(self.optimizer)) or self.guard_reads(UpdateRole.STATE):
+            return None
+        read = self._steering
+        groups: list[object] = []
+        for number, group in enumerate(self.optimizer.param_groups):
+            entries: list[object] = [len(group["params"])]
+            for key, value in group.items():
+                if key == "params":
+                    entries += map(id, value)
+                elif isinstance(value, torch.Tensor):
+                    return None
+                elif is_number(value) and (number, key) not in read:
+                    entries.append((key, type(value)))
+                else:
+                    entries.append((key, tuple(value) if isinstance(value, list) else value))
+            groups.append(entries)
+        state = self.optimizer.state
+        held = [[*map(id, state[p].values())] if p in state else [] for p in self.parameters.values()]
+        return (vars(self.optimizer).get("step"), groups, held)
+
+    def guard_reads(self, role: UpdateRole) -> bool:
+        """Whether what the optimizer's code branches on depends on an input of this role."""
+        return any(x.role is role for x in self._guarding)
+
+    def number(self, x: UpdateValue) -> float:
+        """Return the present value of a hyperparameter."""
+        value = self.optimizer.param_groups[x.group][x.key]
+        return float(value if x.index is None else value[x.index])
+
+    @functools.cached_property
+    def _guarding(self) -> list[UpdateValue]:
+        nodes = [n for n in self.guard.graph.nodes if n.op == "placeholder"]
+        return [x for x, n in zip(self.inputs, nodes, strict=True) if n.users]
+
+    @functools.cached_property
+    def _steering(self) -> set[tuple[int, str]]:
+        return {(x.group, x.key) for x in self._guarding if x.role is UpdateRole.HYPERPARAMETER}
+
+    def _target(self, x: UpdateValue) -> torch.Tensor | None:
+        """Return the live tensor that an output is written into, if there is one."""
+        if x.role is UpdateRole.PARAMETER:
+            return self.parameters[x.parameter]
+        if x.role is UpdateRole.STATE and x.number is None:
+            value = self.optimizer.state[self.parameters[x.parameter]].get(x.key)
+            return value if isinstance(value, torch.Tensor) else None
+        return None
+
+    def live(self, x: UpdateValue, gradients: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Return the present value of one input; see `bind`."""
         if x.role is UpdateRole.HYPERPARAMETER:
             value = self.optimizer.param_groups[x.group][x.key]
             return _number(value if x.index is None else value[x.index])
@@ -172,9 +251,6 @@ class UpdateGraph:
         return gradient
 
     def _store(self, x: UpdateValue, value: torch.Tensor) -> None:
-        if x.role is UpdateRole.PARAMETER:
-            self.parameters[x.parameter].copy_(value)
-            return
         entries: dict[str, Any]
         if x.role is UpdateRole.HYPERPARAMETER:
             entries = self.optimizer.param_groups[x.group]
@@ -192,6 +268,16 @@ class UpdateGraph:
             old.copy_(value.reshape(old.shape))
         else:
             entries[x.key] = value.clone()  # `results` stay the caller's
+
+
+def hooks_of(optimizer: torch.optim.Optimizer) -> tuple[Mapping[int, Any], ...]:
+    """Return the hooks around an optimizer's step, the global ones included."""
+    return (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
 
 
 def signature_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> tuple[object, ...]:

@@ -22,6 +22,7 @@ from mlopt.capture.update import (
     UpdateGraph,
     UpdateRole,
     UpdateValue,
+    hooks_of,
     hyperparameters,
     is_number,
     signature_of,
@@ -35,6 +36,15 @@ aten = torch.ops.aten
 def trace_update(problem: str, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> UpdateGraph:
     """Capture a step by tracing all of it: the work of `capture_update`, but for `own_outputs`."""
     return _Capture(problem, optimizer, dict(parameters)).run()
+
+
+def check_update(problem: str, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what no trace could follow, before anything of the optimizer runs.
+
+    Raises:
+        UpdateError: The step cannot be captured.
+    """
+    _Capture(problem, optimizer, dict(parameters)).check()
 
 
 class _Capture:
@@ -51,7 +61,7 @@ class _Capture:
         self.answers: list[bool] = []
 
     def run(self) -> UpdateGraph:
-        self._check()
+        self.check()
         signature = signature_of(self.optimizer, self.parameters)
         self._collect_inputs()
         recorded = self._record()
@@ -83,7 +93,8 @@ class _Capture:
             f"captured: {reason}; {advice or _ADVICE}"
         )
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """See `check_update`."""
         optimizer, cls = self.optimizer, type(self.optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, p in self.parameters.items():
@@ -100,13 +111,7 @@ class _Capture:
         closure = inspect.signature(cls.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             self.refuse("its step calls a closure, so it is more than a function of one gradient")
-        hooks = (
-            optimizer._optimizer_step_pre_hooks,
-            optimizer._optimizer_step_post_hooks,
-            torch_optimizer._global_optimizer_pre_hooks,
-            torch_optimizer._global_optimizer_post_hooks,
-        )
-        if any(hooks):
+        if any(hooks_of(optimizer)):
             self.refuse("it has step hooks, which a graph would not call", "remove the hooks")
         own = vars(optimizer).get("step")
         if own is not None and inspect.unwrap(own) is not inspect.unwrap(cls.step):

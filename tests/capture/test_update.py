@@ -490,10 +490,10 @@ def test_a_net_of_sixty_tensors_is_captured_at_once():
     optimizer = optim.Adam(params.values())
     set_gradients(params, {n: torch.ones_like(p) for n, p in params.items()})
     optimizer.step()
-    sizes = []
+    seconds = []
     for count in (2, 60):
         start = time.perf_counter()
         update = capture_update("p", optimizer, dict([*params.items()][:count]))
-        sizes.append((len(update.module.graph.nodes), time.perf_counter() - start))
-    assert sizes[1][0] == pytest.approx(30 * sizes[0][0], rel=0.05)
-    assert sizes[1][1] < 10 * sizes[0][1]  # traced whole it takes 25 times as long
+        seconds.append(time.perf_counter() - start)
+    assert len(update.outputs) == 4 * 60
+    assert seconds[1] < 10 * seconds[0]  # traced whole it takes 25 times as long
