@@ -108,6 +108,10 @@ class UpdateGraph:
         """Return the output positions of one role."""
         return [i for i, x in enumerate(self.outputs) if x.role is role]
 
+    def of(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> UpdateGraph:
+        """Return the same graph for another optimizer of the same kind, and its parameters of the same names."""
+        return dataclasses.replace(self, optimizer=optimizer, parameters=dict(parameters))
+
     def bind(self, gradients: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
         """Return the live tensors in the order of `inputs`, numbers as new 0-d float64 tensors.
 

@@ -237,7 +237,7 @@ class Executor:
         count = self.problems[name].gradient_accumulation
         batches = state.stream.ahead(count)
         self._begin_unrolls(name)
-        samples = [Sample(b) for b in batches]
+        samples: Sequence[Sample] = [Sample(b) for b in batches]
         results, error = self._step_on(name, samples)
         state.stream.advance(count)
         state.num_steps += 1
@@ -251,7 +251,8 @@ class Executor:
                 if lower in self._histories:
                     self._histories[lower].rewind(count)
             for lower, samples in unroll_below.steps:
-                self._step_on(lower, samples)
+                _, interrupt = self._step_on(lower, samples)
+                error = error or interrupt
         if error is not None:
             raise error
         return results

@@ -12,14 +12,14 @@ other way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mlopt.autodiff import StepGraph
 from mlopt.backends import Changing, Compiled, StepsOutcome, run_steps
-from mlopt.capture import InputRole, LossGraph, UpdateRole
+from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,14 @@ class CompiledStep:
         """Return the present values of the numbers that a scheduler may change."""
         return [self._update.number(self.graph.settings[i]) for i in self._scheduled]
 
-    def compute(self, batch: Batch, values: Mapping[int, torch.Tensor] | None = None) -> Sequence[Any]:
-        """Run the graph once at the live values (`values`, by ``id``, where given) and write nothing."""
-        return self.call(*self._arguments(batch, values or {}))
+    def compute(self, batch: Batch, update: UpdateGraph) -> Sequence[Any]:
+        """Run the graph once and write nothing.
+
+        Args:
+            batch: The batch.
+            update: The update with the optimizer whose state and settings are taken, and its parameters.
+        """
+        return self.call(*self._arguments(batch, update))
 
     def run(self, batches: Sequence[Batch], schedule: Sequence[Sequence[float]]) -> StepsOutcome:
         """Make one step per batch and write the new values into the live tensors.
@@ -97,7 +102,7 @@ class CompiledStep:
         numbers = torch.tensor(schedule, dtype=torch.float64).reshape(len(batches), len(self._scheduled))
         outcome = run_steps(
             self.call,
-            self._arguments(batches[0], {}),
+            self._arguments(batches[0], self._update),
             self._changing,
             [by_id[key].tensors for key in distinct],
             order,
@@ -116,9 +121,10 @@ class CompiledStep:
         logger.warning("a compiled step of problem %r is not used any more: %s", self._loss.problem, reason)
         self.given_up = reason
 
-    def _arguments(self, batch: Batch, values: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
-        settings = [self._update.live(x) for x in self.graph.settings]
-        return [*self._loss.bind(batch.tensors, values), *(values.get(id(t), t) for t in settings)]
+    def _arguments(self, batch: Batch, update: UpdateGraph) -> list[torch.Tensor]:
+        live = self._update.parameters
+        values = {id(live[name]): value for name, value in update.parameters.items() if value is not live[name]}
+        return [*self._loss.bind(batch.tensors, values), *(update.live(x) for x in self.graph.settings)]
 
     def _write(self, fed: Sequence[torch.Tensor]) -> None:
         outputs = self._update.outputs
