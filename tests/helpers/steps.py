@@ -24,6 +24,11 @@ class GraphBackend(EagerBackend):
         return graph
 
 
+def is_step(module):
+    """Whether a graph of `problem` with Adam is that of the step: it returns moments, too."""
+    return len(next(n for n in module.graph.nodes if n.op == "output").args[0]) > 12
+
+
 class Regression(mlopt.Problem):
     def training_step(self, batch):
         x, y = batch
