@@ -109,7 +109,8 @@ py::tuple Call::results(const py::sequence& arguments, const std::vector<at::Ten
   return returned;
 }
 
-std::shared_ptr<Steps> Call::steps(const py::sequence& arguments, const std::vector<std::pair<size_t, size_t>>& feedback,
+std::shared_ptr<Steps> Call::steps(const py::sequence& arguments,
+                                   const std::vector<std::pair<size_t, size_t>>& feedback,
                                    const std::vector<size_t>& batch, const std::vector<size_t>& numbers) {
   auto prepared = prepare(arguments, -1);
   if (!prepared) return nullptr;

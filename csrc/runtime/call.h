@@ -57,8 +57,8 @@ class Call {
   // that the caller changes. Null where the sizes were not declared, or where the package neither computes what is fed
   // back nor takes it.
   std::shared_ptr<Steps> steps(const pybind11::sequence& arguments,
-                               const std::vector<std::pair<size_t, size_t>>& feedback,
-                               const std::vector<size_t>& batch, const std::vector<size_t>& numbers);
+                               const std::vector<std::pair<size_t, size_t>>& feedback, const std::vector<size_t>& batch,
+                               const std::vector<size_t>& numbers);
 
   const std::shared_ptr<Package>& package() const { return package_; }
   bool returns_one_tensor() const { return outputs_.size() == 1 && outputs_[0].kind == OutputKind::kComputed; }

@@ -163,7 +163,7 @@ class UpdateGraph:
             if live is None:
                 others.append((x, value))
             else:
-                pairs.append((live, value.reshape(live.shape)))
+                pairs.append((live, value if value.shape == live.shape else value.reshape(live.shape)))
         with torch.no_grad():
             if pairs:
                 torch._foreach_copy_([live for live, _ in pairs], [value for _, value in pairs])

@@ -51,6 +51,8 @@ class CompiledStep:
             tuple(loss.positions(InputRole.BATCH)),
             tuple(graph.num_loss_inputs + i for i in self._scheduled),
         )
+        self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
+        self._unset = torch.zeros((), dtype=torch.float64)
         self._checked: object = None
 
     def is_used(self) -> bool:
@@ -102,7 +104,8 @@ class CompiledStep:
         numbers = torch.tensor(schedule, dtype=torch.float64).reshape(len(batches), len(self._scheduled))
         outcome = run_steps(
             self.call,
-            self._arguments(batches[0], self._update),
+            # The scheduled numbers come from the rows.
+            [*self._loss.bind(batches[0].tensors), *(self._update.live(x) if x else self._unset for x in self._read)],
             self._changing,
             [by_id[key].tensors for key in distinct],
             order,
