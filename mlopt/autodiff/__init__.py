@@ -3,7 +3,8 @@
 Owns tracing and the split of second-order products into a primal half (run once per state) and tangent halves (run
 once per vector). Every graph that leaves here is functional (no in-place operations), flat (tensors in, tensors out)
 and contains its backward passes explicitly. Differentiation comes before lowering because compilers of PyTorch code
-do not differentiate twice.
+do not differentiate twice. `step.py` puts the gradient and a captured optimizer update together; the derivatives of an
+update are taken of the optimizer's own code (`update.py`).
 """
 
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph

@@ -5,8 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -42,13 +40,10 @@ from mlopt.runtime.derivatives import (
 from mlopt.runtime.history import History
 from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
-from mlopt.runtime.schedule import ScheduleAhead, mark_stepped
+from mlopt.runtime.schedule import mark_stepped
 from mlopt.runtime.state import ProblemState, Sample
 from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
-
-# How many batches wait in memory for a native loop: those of a list are there anyway.
-_MOST_STILL, _MOST_FETCHED = 10_000, 64
 
 Derive = Callable[[str, Batch], AbstractDerivatives]
 
@@ -134,89 +129,19 @@ class Executor:
     def is_due(self, name: str) -> bool:
         """Whether a problem steps now: its lower problems have made their steps since its last one."""
         for lower in self.plan[name].lowers:
-            if self.states[lower].num_steps - self._start(name, lower) < self.problems[lower].unroll_steps:
+            if self.states[lower].num_steps - self.unroll_start(name, lower) < self.problems[lower].unroll_steps:
                 return False
         return True
 
-    def _start(self, name: str, lower: str) -> int:
+    def unroll_start(self, name: str, lower: str) -> int:
         """Return the step of a lower problem from which its steps count for the next one of `name`."""
         return max(self.states[name].steps_seen.get(lower, 0), self.problems[lower].warmup_steps)
 
-    def steps_until_due(self, limit: int) -> int:
-        """Return how many global steps may be made by letting every lowest problem make so many steps on its own.
+    def derivatives(self, name: str, batch: Batch) -> AbstractDerivatives:
+        """Return the derivatives of a problem that are valid for a batch."""
+        return self._derive(name, batch)
 
-        After fewer steps no other problem would be due. It is 1 where that would change a result: random numbers are
-        drawn by torch's one generator, so only one of all data and losses concerned may draw.
-
-        Args:
-            limit: The most that are wanted, at least 1.
-        """
-        lowest = [p.name for p in self.plan.problems if not p.lowers]
-        if limit == 1 or self.keep_gradients or not any(self.plan[name].runs_ahead for name in lowest):
-            return 1
-        streams = {name: self.states[name].stream for name in lowest}
-        compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())
-        for name, stream in streams.items():
-            derivatives = self._derive(name, stream.peek())
-            num_drawing += derivatives.is_random
-            compiled |= derivatives.step is not None and derivatives.step.is_used()
-        if num_drawing > 1 or not compiled:
-            return 1
-        for p in self.plan.problems:
-            wait: float = 1
-            for lower in p.lowers:
-                since = self.states[lower].num_steps - self._start(p.name, lower)
-                missing = self.problems[lower].unroll_steps - since
-                wait = max(wait, missing if lower in lowest or missing <= 0 else math.inf)
-            if p.lowers:
-                limit = int(min(limit, wait))
-        return limit
-
-    def steps(self, name: str, count: int) -> dict[str, Any]:
-        """Make several optimizer steps of a lowest problem; return loss and metrics of the last."""
-        latest: dict[str, Any] = {}
-        while count > 0:
-            made, latest = self._run_ahead(name, count)
-            count -= made
-        return latest
-
-    def _run_ahead(self, name: str, count: int) -> tuple[int, dict[str, Any]]:
-        """Make the next few of `count` steps, in one loop if that can be; return how many and the last results."""
-        state, problem = self.states[name], self.problems[name]
-        if count == 1 or not self.plan[name].runs_ahead:
-            return 1, self.step(name)
-        batches = state.stream.ahead(min(count, _MOST_STILL if state.stream.is_still else _MOST_FETCHED))
-        derivatives = self._derive(name, batches[0])
-        if derivatives.is_random and len(batches) == count:
-            batches.pop()  # the last step is made by itself: hypergradients need the random numbers it began with
-        kind = batches[0].signature()
-        same = {id(b): b.signature() == kind for b in {id(b): b for b in batches}.values()}
-        batches = list(itertools.takewhile(lambda b: same[id(b)], batches))
-        compiled = self._compiled_step(name, derivatives)
-        if compiled is None or not compiled.can_repeat or len(batches) < 2:
-            return 1, self.step(name)
-        schedule = ScheduleAhead.of(problem, compiled, len(batches))
-        if schedule is None or len(schedule.rows) < 2:
-            if schedule is not None:
-                schedule.settle(0)
-            return 1, self.step(name)
-        try:
-            outcome = compiled.run(batches[: len(schedule.rows)], schedule.rows)
-        except BaseException:
-            schedule.settle(0)
-            raise
-        schedule.settle(outcome.num_steps)
-        if outcome.num_steps:
-            state.samples = (Sample(batches[outcome.num_steps - 1]),)
-            state.stream.advance(outcome.num_steps)
-            state.num_steps += outcome.num_steps
-        if outcome.error is not None:
-            if not isinstance(outcome.error, Exception):  # Ctrl-C
-                raise outcome.error
-            compiled.give_up(str(outcome.error))  # what is wrong with this step shows when the loss runs by itself
-        return outcome.num_steps, {} if outcome.outputs is None else compiled.metrics(outcome.outputs)
-
-    def _compiled_step(self, name: str, derivatives: AbstractDerivatives) -> CompiledStep | None:
+    def compiled_step(self, name: str, derivatives: AbstractDerivatives) -> CompiledStep | None:
         """Return the compiled step if it is what the live optimizer would do now."""
         step = derivatives.step
         if step is None or self.keep_gradients or not step.is_used():
@@ -288,7 +213,7 @@ class Executor:
     def _step_compiled(self, name: str, sample: Sample) -> tuple[dict[str, Any], BaseException | None] | None:
         """Make one step by its compiled graph; None if there is none, or if it failed and nothing was changed."""
         derivatives = self._derive(name, sample.batch)
-        compiled = self._compiled_step(name, derivatives)
+        compiled = self.compiled_step(name, derivatives)
         if compiled is None:
             return None
         with frozen_random_state(sample.random_state):

@@ -106,7 +106,8 @@ def _step_lines(p: ProblemPlan, graph: Graph, report: CompileReport) -> list[str
     """Say whether a step is one compiled graph, and whether several run in one native loop."""
     steps = [d.step for d in report.graphs.get(p.name, []) if d.step is not None and d.step.is_used()]
     if not steps:
-        reason = report.eager_updates.get(p.name)
+        given_up = [d.step.given_up for d in report.graphs.get(p.name, []) if d.step is not None and d.step.given_up]
+        reason = report.eager_updates.get(p.name, "".join(given_up[:1]))
         return [f"  the optimizer steps by itself: {reason}"] if reason else []
     optimizer = type(graph.problems[p.name].optimizer).__name__
     lines = [f"  one graph makes this step: loss, backward and the update of {optimizer}"]

@@ -11,6 +11,7 @@ from mlopt.drawing import write_svg
 from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan
 from mlopt.problem import Problem
+from mlopt.runtime.ahead import AheadRunner
 from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
@@ -42,6 +43,7 @@ class Plan:
         self.program = program
         self.num_steps = 0
         self._executor = executor
+        self._ahead = AheadRunner(executor)
         self._report = report
         self._reference = reference
 
@@ -72,7 +74,7 @@ class Plan:
         """
         latest: StepResult = {}
         while num_steps > 0:
-            count = self._executor.steps_until_due(num_steps)
+            count = self._ahead.steps_until_due(num_steps)
             latest.update(self._advance(count))
             num_steps -= count
         return latest
@@ -84,7 +86,7 @@ class Plan:
             lowest = [p.name for p in self.program.problems if not p.lowers]
             before = {name: executor.states[name].num_steps for name in lowest}
             try:
-                results = {name: executor.steps(name, count) for name in lowest}
+                results = {name: self._ahead.steps(name, count) for name in lowest}
             except BaseException:
                 self.num_steps += min(executor.states[name].num_steps - before[name] for name in lowest)
                 raise
