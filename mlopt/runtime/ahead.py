@@ -33,12 +33,9 @@ class AheadRunner:
         Args:
             limit: The most that are wanted, at least 1.
         """
-        lowest = [p.name for p in self._executor.plan.problems if not p.lowers]
-        if (
-            limit == 1
-            or self._executor.keep_gradients
-            or not any(self._executor.plan[name].runs_ahead for name in lowest)
-        ):
+        plan = self._executor.plan
+        lowest = [p.name for p in plan.problems if not p.lowers]
+        if limit == 1 or self._executor.keep_gradients or not any(plan[name].runs_ahead for name in lowest):
             return 1
         streams = {name: self._executor.states[name].stream for name in lowest}
         compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())
