@@ -77,9 +77,9 @@ nvcc:  ## compile the CUDA sources (needs nvcc, no GPU)
 	    -c $$source -o build/nvcc/$$(basename $$source).o || exit 1; \
 	done
 
-bench: setup  ## time the vector ops and the backends against torch on this machine; writes no result
+bench: setup  ## time outer iterations and kernels against their peers on this machine; writes no result
+	@$(PY) -m benchmarks.run $(ARGS)
 	@$(PY) benchmarks/run_vector.py --device cpu
-	@$(PY) benchmarks/run_backends.py
 
 gpu-check:  ## on a machine with a GPU and its own torch: build in place, test and measure everything CUDA; no network
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'

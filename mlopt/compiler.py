@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from mlopt.autodiff import FlatLayout, TaskAxis, present_gradients, step_graph
 from mlopt.backends import AbstractBackend, EagerBackend
-from mlopt.capture import LossGraph, capture_loss, capture_update, warmed_twin
+from mlopt.capture import LossGraph, ReadAttribute, capture_loss, capture_update, warmed_twin
 from mlopt.capture.tasks import showing_task
 from mlopt.checks import all_reads, check_devices, check_estimators, warn_about_unreached
 from mlopt.errors import (
@@ -41,6 +42,10 @@ from mlopt.runtime.verify import find_disagreement
 from mlopt.runtime.verify_step import find_step_disagreement
 
 logger = logging.getLogger(__name__)
+
+# Every capture takes a second or more, and its graphs run by torch calls: more of them than this are slower than plain
+# autograd, which reads the present value every time.
+_MAX_CHANGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Compiler:
         self.program: ExecutionPlan | None = None
         self.report = CompileReport(backend.name, self.layouts)
         self._known: dict[tuple[object, ...], AbstractDerivatives] = {}
+        self._attributes: dict[str, tuple[ReadAttribute, ...]] = {}  # plain values that are constants of the graphs
+        self._num_changes: collections.Counter[str] = collections.Counter()  # captures because such a value changed
         self._ready: dict[str, DerivativeGraphs | Island] = {}  # differentiated on the first batch, not yet lowered
 
     def capture(self, name: str) -> None:
@@ -113,11 +120,16 @@ class Compiler:
 
     def derive(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return derivatives of a problem's loss that are valid for this batch, compiling them if need be."""
-        key = (name, self.guard.modes(), *batch.signature())
+        key = self._key(name, batch)
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = self._reuse(key, batch) or self._build(name, batch)
+            known = self._reuse(key, batch) or self._build(name, batch)
+            self._known[self._key(name, batch)] = known  # a capture may have found other values to look at
         return known
+
+    def _key(self, name: str, batch: Batch) -> tuple[object, ...]:
+        values = tuple([a.current() for a in self._attributes.get(name, ())])
+        return (name, self.guard.modes(), values, *batch.signature())
 
     def _reuse(self, key: tuple[Any, ...], batch: Batch) -> AbstractDerivatives | None:
         kind = _kind(key)
@@ -144,7 +156,8 @@ class Compiler:
         first, needs = self.losses[name], self.program.needs[name]
         loss = first
         if isinstance(first, LossGraph) and not self._is_captured(first, batch):
-            loss = self._capture(name, batch)
+            changed = [a for a in first.attributes if a.value != a.current()]
+            loss = self._capture_again(name, batch, changed[0]) if changed else self._capture(name, batch)
         if loss.reads != first.reads:
             raise GraphError(
                 f"problem {name!r}: on a batch of another kind, or in another training mode, its loss reads "
@@ -204,6 +217,7 @@ class Compiler:
         return (
             loss.batch_spec == batch.spec
             and self._first_modes == self.guard.modes()
+            and all(a.value == a.current() for a in loss.attributes)
             and loss.guard.accepts(batch.tensors)
         )
 
@@ -219,6 +233,9 @@ class Compiler:
             if self.strict:
                 raise
             return self._island(name, batch, str(error), error)
+        known = self._attributes.get(name, ())
+        seen = {(id(a.owner), a.name) for a in known}
+        self._attributes[name] = known + tuple(a for a in loss.attributes if (id(a.owner), a.name) not in seen)
         if not self.verify:
             return loss
         missed = missing_reads(self._eager_reads(name, batch), {**loss.reads, name: tuple(loss.used_own)})
@@ -228,6 +245,23 @@ class Compiler:
                 raise VerificationError(f"{reason}; strict=True was given. compile(..., strict=False) uses autograd")
             return self._island(name, batch, reason, None)
         return loss
+
+    def _capture_again(self, name: str, batch: Batch, changed: ReadAttribute) -> LossGraph | Island:
+        """Capture a loss with another value of an attribute, unless it changes so often that this would never end."""
+        self._num_changes[name] += 1
+        if self._num_changes[name] <= _MAX_CHANGES:
+            return self._capture(name, batch)
+        reason = (
+            f"problem {name!r}: its training_step was captured {_MAX_CHANGES + 1} times, because it reads "
+            f"{changed.describe([*self.graph.problems.values()])}, which keeps changing; hold it in a buffer of the "
+            "module (register_buffer) and write that in place to have it compiled once"
+        )
+        if self.strict:
+            raise CaptureError(reason)
+        self.losses[name] = island = self._island(name, batch, reason, None)
+        self._attributes[name] = ()
+        self._known = {key: known for key, known in self._known.items() if key[0] != name}
+        return island
 
     def _island(self, name: str, batch: Batch, reason: str, error: CaptureError | None) -> Island:
         try:
@@ -334,8 +368,8 @@ class Compiler:
 
 def _kind(key: tuple[Any, ...]) -> tuple[object, ...]:
     """Return what two uses must share for one graph to serve both: all of their key but sizes and strides."""
-    name, modes, spec, *tensors = key
-    return (name, modes, spec, *(dtype for _, _, dtype in tensors))
+    name, modes, values, spec, *tensors = key
+    return (name, modes, values, spec, *(dtype for _, _, dtype in tensors))
 
 
 def missing_reads(found: dict[str, tuple[str, ...]], captured: dict[str, tuple[str, ...]]) -> str:

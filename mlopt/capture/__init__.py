@@ -5,6 +5,7 @@ protocol. It differentiates nothing and decides nothing about levels: which prob
 as a fact (`LossGraph.reads`), and `mlopt.graph` draws the conclusions.
 """
 
+from mlopt.capture.attributes import ReadAttribute
 from mlopt.capture.batch import BatchSpec, flatten_batch
 from mlopt.capture.export import capture_loss
 from mlopt.capture.record import GraphInput, InputRole, LossGraph
@@ -17,6 +18,7 @@ __all__ = [
     "GraphInput",
     "InputRole",
     "LossGraph",
+    "ReadAttribute",
     "UpdateGraph",
     "UpdateRole",
     "UpdateValue",

@@ -20,6 +20,8 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mlopt.capture.attributes import ReadAttribute, recording_attributes
+from mlopt.capture.backward import hooked_parameters, watching_backward
 from mlopt.capture.batch import BatchSpec
 from mlopt.capture.guard import ShapeGuard
 from mlopt.capture.normalize import (
@@ -86,6 +88,7 @@ class _Seen:
         self.metric_names: list[str] = []
         self.numbers: set[str] = set()
         self.constant_metrics: dict[str, object] = {}
+        self.attributes: tuple[ReadAttribute, ...] = ()
 
 
 class _LossModule(nn.Module):
@@ -106,7 +109,7 @@ class _LossModule(nn.Module):
         try:
             batch = self._spec.unflatten(tensors[: self._num_tensors])
             before = _buffers(self)
-            with listening() as listener:
+            with listening() as listener, watching_backward() as watcher, recording_attributes() as recorder:
                 result = problem.training_step(batch)
             replaced = [name for name, buffer in _buffers(self).items() if before.get(name) is not buffer]
             if replaced:  # torch.export would lose the write
@@ -119,6 +122,9 @@ class _LossModule(nn.Module):
                     f"problem {problem.name!r}: its training_step prints or logs, and a captured one runs only once\n"
                     f"  at {listener.line}"
                 )
+            seen.attributes = recorder.unchanged()
+            if watcher.found is not None:
+                raise _own_backward_error(problem, watcher.found)
             loss, metrics = split_result(problem.name, result)
             check_loss(problem.name, loss)
         except MloptError as error:
@@ -137,6 +143,14 @@ class _LossModule(nn.Module):
             else:
                 seen.constant_metrics[name] = value
         return loss.reshape(()), *outputs
+
+
+def _own_backward_error(problem: Problem, what: str) -> CaptureError:
+    return CaptureError(
+        f"problem {problem.name!r}: its training_step uses {what}\n"
+        "  A captured graph has the derivative of the forward and would not run it. Written with plain tensor "
+        "operations (x + (x.round() - x).detach(), say, for a straight-through rounding) it can be captured."
+    )
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -255,6 +269,9 @@ def _to_record(
     for i in sorted(used):
         if inputs[i].role is InputRole.READ:
             reads.setdefault(inputs[i].problem, []).append(inputs[i].name)
+    hooked = hooked_parameters(inputs[i] for i in sorted(used))
+    if hooked:
+        raise _own_backward_error(problem, f"the parameter {hooked[0]}, which has a gradient hook")
     for i in sorted(written_placeholders(module, placeholders)):
         if inputs[i].role not in (InputRole.BUFFER, InputRole.BATCH):
             raise ProblemError(
@@ -272,6 +289,7 @@ def _to_record(
         batch_spec=spec,
         dynamic_dims=tuple(dynamic),
         guard=_batch_guard(placeholders, inputs),
+        attributes=wrapper.seen.attributes,
     )
 
 

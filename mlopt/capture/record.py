@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mlopt.capture.attributes import ReadAttribute
 from mlopt.capture.batch import BatchSpec
 from mlopt.capture.guard import ShapeGuard
 
@@ -65,6 +66,7 @@ class LossGraph:
         batch_spec: Structure of the batches that this graph accepts.
         dynamic_dims: For each input, the dimensions whose size is free.
         guard: For which batch shapes the capture is valid.
+        attributes: The plain Python values that `training_step` read, which are constants of the graph.
     """
 
     problem: str
@@ -77,6 +79,7 @@ class LossGraph:
     batch_spec: BatchSpec
     dynamic_dims: tuple[frozenset[int], ...]
     guard: ShapeGuard
+    attributes: tuple[ReadAttribute, ...] = ()
 
     def seen_problems(self) -> set[str]:
         """Return the other problems whose tensors the graph uses at all, also where no derivative passes."""

@@ -18,10 +18,11 @@ from mlopt.ops.glm import (
     glm_matmul_t,
     glm_neumann,
 )
-from mlopt.ops.library import available, build_config
+from mlopt.ops.library import BUILD_COMMAND, available, build_config, missing
 from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, is_native, neumann_step_, norm, perturb
 
 __all__ = [
+    "BUILD_COMMAND",
     "CgState",
     "GlmDescent",
     "GlmGradient",
@@ -40,6 +41,7 @@ __all__ = [
     "glm_matmul_t",
     "glm_neumann",
     "is_native",
+    "missing",
     "neumann_step_",
     "norm",
     "perturb",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-_BUILD = "pip install --no-build-isolation -e . (needs g++; see the README)"
+BUILD_COMMAND = "pip install --no-build-isolation -e . (needs g++; see the README)"
 
 
 @functools.cache
@@ -26,18 +26,19 @@ def available() -> bool:
     """
     if os.environ.get("MLOPT_DISABLE_EXTENSION") == "1":
         return False
-    problem = _load()
+    problem = missing()
     if problem is None:
         return True
-    message = f"the native extension of mlopt {problem}; build it with: {_BUILD}"
+    message = f"the native extension of mlopt {problem}; build it with: {BUILD_COMMAND}"
     if os.environ.get("MLOPT_REQUIRE_EXTENSION") == "1":
         raise ImportError(message)
     warnings.warn(f"{message}. Until then solver vectors use plain torch operations.", stacklevel=2)
     return False
 
 
-def _load() -> str | None:
-    """Import the extension, which registers the ops; return what is wrong with it, or None."""
+@functools.cache
+def missing() -> str | None:
+    """Import the extension, which registers the ops; return what is wrong with it ("is not built"), or None."""
     try:
         extension = importlib.import_module("mlopt._C")
     except ModuleNotFoundError:

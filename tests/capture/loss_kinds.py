@@ -396,7 +396,11 @@ class StraightThrough(torch.autograd.Function):
         return gradient
 
 
-@kind("custom autograd.Function, true derivative")
+@kind(
+    "custom autograd.Function, true derivative",
+    status="island",
+    why="nothing can prove that its backward is the derivative",
+)
 def _(self, batch):
     return weighted(self, Right.apply(self.module(batch[0])), batch[1])
 
@@ -404,10 +408,41 @@ def _(self, batch):
 @kind(
     "custom autograd.Function, own derivative",
     status="island",
-    why="torch.export drops a custom backward; verification notices",
+    why="a captured graph would not run the custom backward",
 )
 def _(self, batch):
     return weighted(self, StraightThrough.apply(4 * self.module(batch[0])), batch[1])
+
+
+@kind("straight-through rounding by `detach`")
+def _(self, batch):
+    x = 4 * self.module(batch[0])
+    return weighted(self, x + (x.round() - x).detach(), batch[1])
+
+
+@kind("gradient hook on a tensor", status="island", why="the same for hooks")
+def _(self, batch):
+    x = self.module(batch[0])
+    x.register_hook(lambda gradient: gradient.clamp(-0.05, 0.05))
+    return weighted(self, x, batch[1])
+
+
+def _hook_parameter(lower, upper):
+    next(iter(lower.module.parameters())).register_hook(lambda gradient: 0.5 * gradient)
+
+
+@kind("gradient hook on a parameter", status="island", fix=_hook_parameter)
+def _(self, batch):
+    return weighted(self, self.module(batch[0]), batch[1])
+
+
+def _hook_module(lower, upper):
+    lower.module[2].register_full_backward_hook(lambda module, inputs, outputs: (0.5 * inputs[0],))
+
+
+@kind("backward hook of a module", status="island", fix=_hook_module)
+def _(self, batch):
+    return weighted(self, self.module(batch[0]), batch[1])
 
 
 @kind("buffer of another problem as a constant")
