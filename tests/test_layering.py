@@ -14,7 +14,7 @@ ALLOWED = {
     "linalg": {"ops"},
     "hypergradient": {"linalg"},
     "problem": {"errors", "hypergradient"},  # the latter for annotations only
-    "capture": {"errors", "problem"},
+    "capture": {"errors", "passes", "problem"},
     "passes": set(),
     "autodiff": {"capture", "errors", "passes"},
     "drawing": {"graph", "planner"},  # for annotations only

@@ -1,30 +1,13 @@
 #include "solvers.h"
 
 #include <ATen/core/grad_mode.h>
-#include <pybind11/pybind11.h>
-
-#include <chrono>
 
 #include "../vector/vector.h"
 #include "../vector/vector_op.h"
+#include "signals.h"
 
 namespace mlopt {
 namespace {
-
-// Lets Ctrl-C end a loop: every so often, and not every step, because it needs the GIL.
-class SignalPoll {
- public:
-  void operator()() {
-    const auto now = std::chrono::steady_clock::now();
-    if (now < next_) return;
-    next_ = now + std::chrono::milliseconds(50);
-    const pybind11::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
-  }
-
- private:
-  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
-};
 
 at::Tensor product(LinearOperator& a, const at::Tensor& x) { return x.dim() == 1 ? a.apply(x) : a.apply_rows(x); }
 

@@ -3,12 +3,15 @@
 Owns tracing and the split of second-order products into a primal half (run once per state) and tangent halves (run
 once per vector). Every graph that leaves here is functional (no in-place operations), flat (tensors in, tensors out)
 and contains its backward passes explicitly. Differentiation comes before lowering because compilers of PyTorch code
-do not differentiate twice.
+do not differentiate twice. `step.py` puts the gradient and a captured optimizer update together; the derivatives of an
+update are taken of the optimizer's own code (`update.py`).
 """
 
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
+from mlopt.autodiff.scaling import scale_gradients
+from mlopt.autodiff.step import StepGraph, present_gradients, step_graph
 from mlopt.autodiff.tasks import (
     TaskAxis,
     gradient_over_tasks,
@@ -23,6 +26,7 @@ __all__ = [
     "GradientGraph",
     "LinearizationGraphs",
     "ReadGradientGraph",
+    "StepGraph",
     "TaskAxis",
     "TracedGraph",
     "draws_random",
@@ -30,6 +34,9 @@ __all__ = [
     "gradient_over_tasks",
     "linearization_graphs",
     "linearization_over_tasks",
+    "present_gradients",
     "read_gradient_graph",
     "read_gradient_over_tasks",
+    "scale_gradients",
+    "step_graph",
 ]

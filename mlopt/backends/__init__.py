@@ -11,9 +11,21 @@ from mlopt.backends.base import AbstractBackend, Compiled, Lowering
 from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
 from mlopt.backends.native import NativeBackend
+from mlopt.backends.steps import Changing, StepsOutcome, run_steps
 from mlopt.errors import BackendWarning
 
-__all__ = ["AbstractBackend", "Compiled", "EagerBackend", "InductorBackend", "Lowering", "NativeBackend", "get_backend"]
+__all__ = [
+    "AbstractBackend",
+    "Changing",
+    "Compiled",
+    "EagerBackend",
+    "InductorBackend",
+    "Lowering",
+    "NativeBackend",
+    "StepsOutcome",
+    "get_backend",
+    "run_steps",
+]
 
 _NAMES = ("auto", "eager", "inductor", "native")
 

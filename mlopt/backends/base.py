@@ -43,11 +43,31 @@ class Compiled(Protocol):
             hole: Position of the vector.
         """
 
+    def native_steps(
+        self,
+        arguments: Sequence[Any],
+        feedback: Sequence[tuple[int, int]],
+        batch: Sequence[int],
+        numbers: Sequence[int],
+    ) -> Any:
+        """Return the graph as a native loop over its own results, or None if it is not native.
+
+        Args:
+            arguments: The arguments of the first call.
+            feedback: See `mlopt.backends.steps.Changing`.
+            batch: See there.
+            numbers: See there.
+
+        Returns:
+            ``mlopt._C.Steps``, and a function ``(arguments, what the package computed) -> what the graph returns``.
+        """
+
 
 class AbstractBackend(abc.ABC):
     """Lowers graphs."""
 
     name: str
+    compiles = False  # whether graphs become machine code; what pays only then is left out otherwise
 
     def prepare(  # noqa: B027 - a backend without a slow part has nothing to prepare
         self, modules: Sequence[fx.GraphModule], progress: Callable[[int, int], None] = lambda done, total: None

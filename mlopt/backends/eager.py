@@ -34,6 +34,10 @@ class EagerGraph:
         """None: the graph is Python."""
         return None
 
+    def native_steps(self, *_: Any) -> Any:
+        """None: the graph is Python."""
+        return None
+
 
 class EagerBackend(AbstractBackend):
     """Runs graphs as the Python code that FX generates, which also frees each value after its last use."""

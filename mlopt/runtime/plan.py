@@ -11,6 +11,7 @@ from mlopt.drawing import write_svg
 from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan
 from mlopt.problem import Problem
+from mlopt.runtime.ahead import AheadRunner
 from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
@@ -42,6 +43,7 @@ class Plan:
         self.program = program
         self.num_steps = 0
         self._executor = executor
+        self._ahead = AheadRunner(executor)
         self._report = report
         self._reference = reference
 
@@ -56,15 +58,13 @@ class Plan:
             DataError: A problem's data ran out or changed its structure beyond what can be read.
             CaptureError: A batch of a new shape or structure made a new capture necessary, and that failed.
         """
-        results: StepResult = {}
-        for name in self.graph.problems:
-            if self._executor.is_due(name):
-                results[name] = self._executor.step(name)
-        self.num_steps += 1
-        return results
+        return self._advance(1)
 
     def run(self, num_steps: int) -> StepResult:
-        """Make several global steps.
+        """Make several global steps; what they do is what as many calls of `step` do.
+
+        Where nothing else is due for a while, the steps of a lowest problem run as one native loop (`explain` says
+        which problems can). After Ctrl-C or an error in it, every problem is as its last whole step left it.
 
         Args:
             num_steps: How many, at least 0.
@@ -73,9 +73,43 @@ class Plan:
             The latest result of every problem that stepped.
         """
         latest: StepResult = {}
-        for _ in range(num_steps):
-            latest.update(self.step())
+        while num_steps > 0:
+            count = self._ahead.steps_until_due(num_steps)
+            latest.update(self._advance(count))
+            num_steps -= count
         return latest
+
+    def _advance(self, count: int) -> StepResult:
+        """Make global steps, of which only the last may have other than lowest problems due."""
+        executor = self._executor
+        if count > 1:
+            lowest = [p.name for p in self.program.problems if not p.lowers]
+            before = {name: executor.states[name].num_steps for name in lowest}
+            try:
+                results = {name: self._ahead.steps(name, count) for name in lowest}
+            except BaseException:
+                self.num_steps += min(executor.states[name].num_steps - before[name] for name in lowest)
+                raise
+        else:
+            lowest, results = [], {}
+        for name in self.graph.problems:
+            if name not in lowest and executor.is_due(name):
+                results[name] = executor.step(name)
+        self.num_steps += count
+        return results
+
+    @property
+    def keep_gradients(self) -> bool:
+        """Whether every step leaves its gradient in ``.grad``, for code that looks at it; False at first.
+
+        A step that is one compiled graph never has the gradient as a tensor and leaves None. True makes all steps by
+        ``optimizer.step()`` on a gradient in ``.grad``. So does a hook on the optimizer, by itself.
+        """
+        return self._executor.keep_gradients
+
+    @keep_gradients.setter
+    def keep_gradients(self, value: bool) -> None:
+        self._executor.keep_gradients = value
 
     def hypergradient(self, problem: str | Problem, *, batch: Any = None) -> dict[str, torch.Tensor]:
         """Return the total gradient of a problem's loss at the present state; nothing is stepped or moved.

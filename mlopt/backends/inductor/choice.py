@@ -56,6 +56,12 @@ class MeasuredGraph:
             self._measure(filled)
         return self._chosen.native_operator(arguments, hole)
 
+    def native_steps(self, arguments: Sequence[Any], *changing: Any) -> Any:
+        """See `Compiled`."""
+        if self._chosen is None:
+            self._measure(arguments)
+        return self._chosen.native_steps(arguments, *changing)
+
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Return what the graph returns."""
         if self._chosen is None:

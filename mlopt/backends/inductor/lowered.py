@@ -86,6 +86,25 @@ class LoweredGraph:
             return None
         return operator
 
+    def native_steps(
+        self,
+        arguments: Sequence[Any],
+        feedback: Sequence[tuple[int, int]],
+        batch: Sequence[int],
+        numbers: Sequence[int],
+    ) -> Any:
+        """See `Compiled`."""
+        if self._failed:
+            return None
+        try:
+            steps = self.native.steps(arguments, feedback, batch, numbers)
+            if steps is None and self.accepts(arguments):
+                steps = self.native.steps(arguments, feedback, batch, numbers)
+        except RuntimeError as error:
+            self._fail(error)
+            return None
+        return None if steps is None else (steps, self.native.results)
+
     def _fail(self, error: RuntimeError) -> None:
         """Give the package up: it was compiled for something else than it is given (tracing got a size wrong, say)."""
         logger.warning("a compiled graph failed and runs eagerly from now on: %s", error)

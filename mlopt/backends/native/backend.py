@@ -34,6 +34,7 @@ class NativeBackend(AbstractBackend):
         self, other: AbstractBackend, cache_dir: str | os.PathLike[str] | None = None, *, name: str = "native"
     ) -> None:
         self.name = name
+        self.compiles = other.compiles
         self._other = other
         self._cache = DiskCache(cache_dir)
         self._prepared: dict[fx.GraphModule, tuple[fx.GraphModule, int]] = {}  # without narrow products; how many

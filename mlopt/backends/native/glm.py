@@ -81,6 +81,10 @@ class GlmGraph:
                 return self._graph.native_operator(arguments, hole)
         return operator
 
+    def native_steps(self, arguments: Sequence[Any], *changing: Any) -> Any:
+        """See `Compiled`."""
+        return self._graph.native_steps(arguments, *changing)
+
     def _fits(self, x: torch.Tensor) -> bool:
         return x.is_contiguous() and ops.is_native(x)
 

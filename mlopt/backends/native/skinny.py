@@ -66,6 +66,12 @@ class SkinnyGraph:
             self(*filled)
         return (self._skinny if self._choice.first else self._graph).native_operator(arguments, hole)
 
+    def native_steps(self, arguments: Sequence[Any], *changing: Any) -> Any:
+        """See `Compiled`."""
+        if self._choice.first is None:
+            self(*arguments)
+        return (self._skinny if self._choice.first else self._graph).native_steps(arguments, *changing)
+
 
 def lower_skinny_products(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
     """Replace ``X W``, ``X W + b`` and ``X^T D`` by ops of the family `glm` where W or D has few columns.
