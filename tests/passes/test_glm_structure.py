@@ -7,7 +7,7 @@ from torch import nn
 
 import mlopt
 from mlopt.passes import GlmRowKind, find_glm
-from mlopt.runtime.derivatives import bind_inputs
+from  import bind_inputs
 
 N, D, C = 11, 6, 3
 
