@@ -137,7 +137,7 @@ def make_convnet(dtype: torch.dtype, smoke: bool) -> Instance:
         return torch.randn(num, 1, 28, 28, generator=generator, dtype=torch.float64)
 
     num, steps = (4, 2) if smoke else (64, 10)
-    return _instance(convnet(smoke), images, num, dtype, solver_steps=steps, neumann_scale=0.2)
+    return _instance(convnet(smoke), images, num, dtype, solver_steps=steps, neumann_scale=0.05, ridge=10.0)
 
 
 def make_transformer(dtype: torch.dtype, smoke: bool) -> Instance:

@@ -8,6 +8,7 @@ update are taken of the optimizer's own code (`update.py`).
 """
 
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph
+from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
 from mlopt.autodiff.scaling import scale_gradients
@@ -37,6 +38,7 @@ __all__ = [
     "present_gradients",
     "read_gradient_graph",
     "read_gradient_over_tasks",
+    "replace_layers",
     "scale_gradients",
     "step_graph",
 ]

@@ -30,6 +30,7 @@ from mlopt.autodiff import (
     linearization_over_tasks,
     read_gradient_graph,
     read_gradient_over_tasks,
+    replace_layers,
 )
 from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import LossGraph
@@ -216,6 +217,7 @@ def differentiate(
         needs: The derivatives that are used.
         axis: The loss's task axis, if it has one.
     """
+    loss = dataclasses.replace(loss, module=replace_layers(loss.module))
     whole = inputs = loss.bind(batch.tensors)
     if axis is not None:
         dims = axis.input_dims(loss)
