@@ -20,7 +20,7 @@ from mlopt.hypergradient import (
 )
 from mlopt.ops import build_config
 from mlopt.problem import Problem
-from mlopt.runtime import Plan
+from mlopt.runtime import NonFiniteGuard, Plan
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "Graph",
     "Identity",
     "Neumann",
+    "NonFiniteGuard",
     "Nystrom",
     "Plan",
     "Problem",

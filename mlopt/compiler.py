@@ -178,6 +178,9 @@ class Compiler:
         if self.layouts[name].device.type != "cpu":
             self.report.eager_updates[name] = "steps as one graph are compiled for CPUs only"
             return graphs
+        if problem.loss_scale is not None:
+            self.report.eager_updates[name] = "its loss scale decides after each gradient whether a step is made"
+            return graphs
         trained = problem.trained_parameters()
         present = present_gradients(graphs.gradient, len(graphs.loss.metrics))
         parameters = {n: trained[n] for n in present}

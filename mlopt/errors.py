@@ -63,6 +63,10 @@ class BackendWarning(UserWarning):
     """The backend that was asked for cannot be used; the eager one is used instead."""
 
 
+class NonFiniteWarning(UserWarning):
+    """A step was not finite and has been left out, or the program rolled back."""
+
+
 class SolverWarning(UserWarning):
     """A linear solve broke down or met non-finite numbers."""
 

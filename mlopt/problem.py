@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mlopt.errors import ProblemError, UnknownNameError
+from mlopt.precision import PRECISIONS, LossScale
 
 if TYPE_CHECKING:
     from mlopt.hypergradient.base import AbstractEstimator
@@ -58,6 +59,14 @@ class Problem:
         clip_norm: Scale the gradient (for a problem above others: the hypergradient) down to this Euclidean norm
             where it is longer, before the optimizer steps.
         normalize_gradient: Scale the gradient to norm 1 (to `clip_norm`, if given) before the optimizer steps.
+        precision: ``"bf16"`` or ``"fp16"`` to evaluate this problem's loss, and with it all its derivatives, under
+            `torch.autocast` with that dtype; whatever other problems' modules it calls are computed in it, too.
+            Parameters, gradients, solver vectors and the optimizer keep the dtype of the parameters. With ``"fp16"``
+            the loss is scaled while it is differentiated (see `loss_scale`), and a step that overflows all the same is
+            left out. Default: whatever the code does by itself.
+
+    Attributes:
+        loss_scale: The `mlopt.precision.LossScale` of an fp16 problem, else None.
 
     Raises:
         ProblemError: A name that is no identifier or that hides an attribute of `Problem`, step counts that are not
@@ -80,6 +89,7 @@ class Problem:
         tasks: int | None = None,
         clip_norm: float | None = None,
         normalize_gradient: bool = False,
+        precision: str | None = None,
     ) -> None:
         _check_name(name, type(self))
         self.name = name
@@ -95,12 +105,21 @@ class Problem:
         self.tasks = tasks
         self.clip_norm = clip_norm
         self.normalize_gradient = normalize_gradient
+        self.precision = precision
+        self.loss_scale: LossScale | None = None
         self._peers: dict[str, Problem] = {}
         self._check()
         if tasks is not None:
             with torch.no_grad():
                 for parameter in self.trained_parameters().values():
                     parameter.data = parameter.data.expand(tasks, *parameter.shape).clone()
+        if precision == "fp16":
+            self.loss_scale = LossScale(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are that the optimizer holds."""
+        return next(p.device for group in self.optimizer.param_groups for p in group["params"])
 
     def training_step(self, batch: Any) -> torch.Tensor | dict[str, Any]:
         """Compute this problem's loss on one batch.
@@ -288,6 +307,18 @@ class Problem:
                     f"problem {self.name!r}, argument `optimizer`: it has made steps already; with tasks={self.tasks} "
                     "the parameters get a leading axis that its state does not have. Make a new one"
                 )
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ProblemError(
+                f"problem {self.name!r}, argument `precision`: expected one of {', '.join(map(repr, PRECISIONS))} or "
+                f"None, got {self.precision!r}"
+            )
+        halves = {n: p.dtype for n, p in self.trained_parameters().items() if p.dtype in PRECISIONS.values()}
+        if self.precision == "fp16" and halves:
+            name, dtype = next(iter(halves.items()))
+            raise ProblemError(
+                f"problem {self.name!r}, argument `precision`: 'fp16' divides gradients by the loss scale, which needs "
+                f"parameters in full precision, but {name!r} is {dtype}; leave the module in float32"
+            )
         clip = self.clip_norm
         if clip is not None and (not isinstance(clip, int | float) or isinstance(clip, bool) or not clip > 0):
             raise ProblemError(

@@ -13,10 +13,11 @@ ALLOWED = {
     "ops": set(),
     "linalg": {"ops"},
     "hypergradient": {"linalg"},
-    "problem": {"errors", "hypergradient"},  # the latter for annotations only
-    "capture": {"errors", "passes", "problem"},
+    "precision": set(),
+    "problem": {"errors", "hypergradient", "precision"},  # hypergradient for annotations only
+    "capture": {"errors", "passes", "precision", "problem"},
     "passes": set(),
-    "autodiff": {"capture", "errors", "passes"},
+    "autodiff": {"capture", "errors", "passes", "precision"},
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},
     "planner": {"graph", "hypergradient"},
@@ -32,6 +33,7 @@ ALLOWED = {
         "linalg",
         "ops",
         "planner",
+        "precision",
         "problem",
     },
     "checks": {"autodiff", "errors", "planner", "problem"},

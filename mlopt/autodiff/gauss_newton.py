@@ -30,7 +30,9 @@ import torch
 from torch import fx
 
 from mlopt.autodiff.loss_functions import network_outputs
+from mlopt.autodiff.loss_scale import scaled
 from mlopt.capture.record import LossGraph
+from mlopt.precision import autocast
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -43,7 +45,7 @@ class CutLoss:
         values: What to call it with, as made by `mlopt.autodiff.gradient.prepare`.
 
     Attributes:
-        value: The loss, 0-d.
+        value: The loss, 0-d; with a loss scale, times that.
         outputs: The network outputs z, as functions of the parameters and of the leaves of outputs before them.
         leaves: The leaves that went on in their place.
 
@@ -54,7 +56,9 @@ class CutLoss:
     def __init__(self, loss: LossGraph, values: _Tensors) -> None:
         nodes = network_outputs(loss)
         interpreter = _CuttingInterpreter(loss.module, nodes)
-        self.value: torch.Tensor = interpreter.run(*values)[0]
+        with autocast(loss.precision, values[0].device):
+            result = interpreter.run(*values)
+        self.value: torch.Tensor = scaled(loss, values, result[0])
         self.outputs = [interpreter.outputs[n] for n in nodes]
         self.leaves = [interpreter.leaves[n] for n in nodes]
         self._groups = _groups(nodes)

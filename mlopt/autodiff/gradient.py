@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from mlopt.autodiff.layout import FlatLayout
+from mlopt.autodiff.loss_scale import evaluate, scaled, unscaled
 from mlopt.autodiff.trace import Outputs, TracedGraph, trace
 from mlopt.capture.record import InputRole, LossGraph
 from mlopt.passes import run_default_passes
@@ -70,9 +71,9 @@ def gradient_graph(
     def compute(tensors: list[torch.Tensor]) -> Outputs:
         values, own = prepare(loss, tensors, own_layout)
         reads = {name: read_parameters(loss, values, layouts[name]) for name in cotangents}
-        result = loss.module(*values)
+        result = evaluate(loss, values)
         wanted = _present([*own, *(t for group in reads.values() for t in group)])
-        gradients = iter(torch.autograd.grad(result[0], wanted, allow_unused=True))
+        gradients = _first_derivatives(loss, values, result[0], wanted)
         own_gradients = [None if t is None else next(gradients) for t in own]
         flat = [
             layouts[name].flatten([None if t is None else next(gradients) for t in group])
@@ -114,9 +115,9 @@ def read_gradient_graph(
             tensors[i] = own_values[loss.inputs[i].name]
         values, _ = prepare(loss, tensors, own_layout)
         groups = [read_parameters(loss, values, layouts[name]) for name in targets]
-        result = loss.module(*values)
+        result = evaluate(loss, values)
         wanted = _present([t for group in groups for t in group])
-        gradients = iter(torch.autograd.grad(result[0], wanted, allow_unused=True))
+        gradients = _first_derivatives(loss, values, result[0], wanted)
         return [
             layouts[name].flatten([None if t is None else next(gradients) for t in group])
             for name, group in zip(targets, groups, strict=True)
@@ -152,6 +153,13 @@ def read_parameters(loss: LossGraph, values: Sequence[torch.Tensor], layout: Fla
     """Return another problem's parameters among the loss's inputs, in that problem's layout order."""
     by_name = {loss.inputs[i].name: values[i] for i in loss.positions(InputRole.READ, layout.problem)}
     return [by_name.get(name) for name in layout.names]
+
+
+def _first_derivatives(
+    loss: LossGraph, values: Sequence[torch.Tensor], value: torch.Tensor, wanted: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor | None]:
+    gradients = torch.autograd.grad(scaled(loss, values, value), wanted, allow_unused=True)
+    return iter([unscaled(loss, values, g) for g in gradients])
 
 
 def _present(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:

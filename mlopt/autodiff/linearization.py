@@ -21,6 +21,7 @@ from torch import fx
 from mlopt.autodiff.gauss_newton import CutLoss, second_order_products
 from mlopt.autodiff.gradient import prepare, read_parameters
 from mlopt.autodiff.layout import FlatLayout
+from mlopt.autodiff.loss_scale import evaluate, scaled, unit_length, unscaled
 from mlopt.autodiff.split import dependents, residuals_of
 from mlopt.autodiff.trace import Outputs, TracedGraph, trace
 from mlopt.capture.record import InputRole, LossGraph
@@ -83,11 +84,13 @@ def linearization_graphs(
 
     def compute(tensors: list[torch.Tensor]) -> Outputs:
         *tensors, flat = tensors
+        flat, norm = unit_length(loss, flat)
         values, own = prepare(loss, tensors, own_layout)
         reads = [read_parameters(loss, values, layouts[name]) for name in targets]
-        result = loss.module(*values)
+        result = evaluate(loss, values)
         pairs = [(t, v) for t, v in zip(own, own_layout.split(flat), strict=True) if t is not None]
-        gradients = torch.autograd.grad(result[0], [t for t, _ in pairs], create_graph=True, allow_unused=True)
+        value = scaled(loss, values, result[0])
+        gradients = torch.autograd.grad(value, [t for t, _ in pairs], create_graph=True, allow_unused=True)
         # A gradient that is missing or constant has no second derivative; autograd would raise, zero is right.
         curved = [(g, v) for g, (_, v) in zip(gradients, pairs, strict=True) if g is not None and g.requires_grad]
         groups = ([own] if hvp else []) + reads
@@ -99,13 +102,15 @@ def linearization_graphs(
         else:
             products = iter([None] * len(wanted))
         layouts_out = ([own_layout] if hvp else []) + [layouts[name] for name in targets]
-        return [
+        flattened = [
             layout.flatten([None if t is None else next(products) for t in group])
             for layout, group in zip(layouts_out, groups, strict=True)
         ]
+        return restored(values, flattened, norm)
 
     def compute_gauss_newton(tensors: list[torch.Tensor]) -> Outputs:
         *tensors, flat = tensors
+        flat, norm = unit_length(loss, flat)
         values, own = prepare(loss, tensors, own_layout)
         reads = [read_parameters(loss, values, layouts[name]) for name in targets]
         pairs = [(t, v) for t, v in zip(own, own_layout.split(flat), strict=True) if t is not None]
@@ -114,10 +119,14 @@ def linearization_graphs(
             CutLoss(loss, values), [t for t, _ in pairs], [v for _, v in pairs], present
         )
         remaining = iter([*products, *mixed])
-        return [
+        flattened = [
             layout.flatten([None if t is None else next(remaining) for t in group])
             for layout, group in zip([own_layout, *(layouts[name] for name in targets)], [own, *reads], strict=True)
         ]
+        return restored(values, flattened, norm)
+
+    def restored(values: list[torch.Tensor], products: list[torch.Tensor], norm: torch.Tensor | None) -> Outputs:
+        return [p if norm is None else unscaled(loss, values, p * norm.to(p.dtype)) for p in products]
 
     example = torch.empty(own_layout.size, dtype=dtype, device=device)
     dynamic_dims = [*loss.dynamic_dims, frozenset()]

@@ -34,6 +34,7 @@ from mlopt.capture.normalize import (
 from mlopt.capture.output import listening
 from mlopt.capture.record import GraphInput, InputRole, LossGraph, Metric
 from mlopt.errors import CaptureError, LossError, MloptError, ProblemError
+from mlopt.precision import autocast
 from mlopt.problem import Problem
 
 
@@ -65,7 +66,13 @@ def capture_loss(
     handed = list(tensors) or [torch.zeros(1)]
     shapes = [{0: Dim.AUTO} if t.ndim > 0 and t.shape[0] > 1 else None for t in handed]
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        # Fused attention has no second derivative. Autocast is entered out here so that torch.export records no region
+        # for it: the graph stays flat, without casts, and its nodes know the dtypes they will have.
+        with (
+            warnings.catch_warnings(),
+            sdpa_kernel(SDPBackend.MATH),
+            autocast(problem.precision, problem.device),
+        ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, (tuple(handed),), dynamic_shapes=(tuple(shapes),), strict=False)
     except MloptError:
@@ -278,6 +285,15 @@ def _to_record(
                 f"problem {problem.name!r}: its training_step writes in place to the {inputs[i].role.value} tensor "
                 f"{inputs[i].name!r}; only module buffers may be written. Clone it first."
             )
+    guard = _batch_guard(placeholders, inputs)
+    scale = None
+    if problem.loss_scale is not None:
+        scale = len(inputs)
+        inputs.append(GraphInput(InputRole.CONSTANT, "", "loss scale", problem.loss_scale.value))
+        dynamic.append(frozenset())
+        with module.graph.inserting_after(placeholders[-1]):
+            module.graph.placeholder("loss_scale")
+        module.recompile()
     return LossGraph(
         problem=problem.name,
         module=module,
@@ -288,8 +304,10 @@ def _to_record(
         used_own=frozenset(inputs[i].name for i in used if inputs[i].role is InputRole.OWN),
         batch_spec=spec,
         dynamic_dims=tuple(dynamic),
-        guard=_batch_guard(placeholders, inputs),
+        guard=guard,
         attributes=wrapper.seen.attributes,
+        precision=problem.precision,
+        scale=scale,
     )
 
 

@@ -67,6 +67,8 @@ class LossGraph:
         dynamic_dims: For each input, the dimensions whose size is free.
         guard: For which batch shapes the capture is valid.
         attributes: The plain Python values that `training_step` read, which are constants of the graph.
+        precision: That of the problem: the module is to be evaluated under `mlopt.precision.autocast`.
+        scale: Position of the input that is the loss scale; the module does not use it, what differentiates it does.
     """
 
     problem: str
@@ -80,6 +82,8 @@ class LossGraph:
     dynamic_dims: tuple[frozenset[int], ...]
     guard: ShapeGuard
     attributes: tuple[ReadAttribute, ...] = ()
+    precision: str | None = None
+    scale: int | None = None
 
     def seen_problems(self) -> set[str]:
         """Return the other problems whose tensors the graph uses at all, also where no derivative passes."""

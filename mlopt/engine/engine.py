@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from mlopt.errors import NonFiniteError
+from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan import Plan, StepResult
 
 History = dict[str, list[tuple[int, float]]]
@@ -40,6 +41,11 @@ class Engine:
         validate_every: Interval of `validate` in steps.
         log_every: Interval in steps at which losses and metrics are read from the device, recorded and shown. Reading
             them waits for the device.
+        non_finite: What is done with a step whose loss, gradient or new buffers are NaN or infinite, before it changes
+            anything: ``"raise"`` an error that names problem, step and tensor; ``"skip"`` the step; ``"roll_back"`` all
+            problems to the last snapshot (see `mlopt.NonFiniteGuard`). Every step then waits for the device. Default:
+            only the losses that are logged are looked at.
+        snapshot_every: Global steps between two snapshots, which are kept in memory, for ``"roll_back"``.
         progress: Show a progress bar (on standard error; a plain line per tenth of the run when that is no terminal).
 
     Attributes:
@@ -47,7 +53,7 @@ class Engine:
         history: ``"problem.metric"`` -> list of (step, value), one entry per `log_every`.
 
     Raises:
-        ValueError: A count is not a positive integer.
+        ValueError: A count is not a positive integer, or an argument is unknown.
     """
 
     def __init__(
@@ -59,6 +65,8 @@ class Engine:
         validate: Callable[[], dict[str, float] | None] | None = None,
         validate_every: int = 100,
         log_every: int = 10,
+        non_finite: str | None = None,
+        snapshot_every: int = 100,
         progress: bool = True,
     ) -> None:
         for argument, value in (("steps", steps), ("validate_every", validate_every), ("log_every", log_every)):
@@ -73,8 +81,14 @@ class Engine:
         self._validate_every = validate_every
         self._log_every = log_every
         self._progress = progress
+        self._guard = None if non_finite is None else NonFiniteGuard(non_finite, snapshot_every=snapshot_every)
         self._latest: StepResult = {}
         self._shown: dict[str, float] = {}
+
+    @property
+    def num_left_out(self) -> dict[str, int]:
+        """Problem -> steps that were not finite and have been skipped or rolled back."""
+        return {} if self._guard is None else dict(self._guard.num_refused)
 
     def run(self) -> History:
         """Make the steps.
@@ -83,8 +97,15 @@ class Engine:
             `history`.
 
         Raises:
-            NonFiniteError: A loss is NaN or infinite at a logged step; names the problem and the step.
+            NonFiniteError: A loss is NaN or infinite at a logged step; or `non_finite` asks for it, or did not help.
         """
+        self.plan.set_guard(self._guard)
+        try:
+            return self._run()
+        finally:
+            self.plan.set_guard(None)
+
+    def _run(self) -> History:
         for callback in self._callbacks:
             callback.on_start(self)
         with tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self._progress) as bar:
@@ -117,9 +138,12 @@ class Engine:
         for problem, result in self._latest.items():
             loss = float(result["loss"])
             if not torch.isfinite(result["loss"]):
+                if self._guard is not None:  # which has left that step out
+                    continue
                 raise NonFiniteError(
                     f"problem {problem!r}: its loss is {loss} at step {self.step}; lower its learning rate or look at "
-                    "its data"
+                    "its data. Engine(..., non_finite='raise') tells at which step and tensor it begins, 'skip' and "
+                    "'roll_back' go on"
                 )
             self._record(problem, result)
         self._latest = {}

@@ -5,6 +5,7 @@ contract by which a problem's loss is differentiated, with the captured graphs a
 behind it. `steps.py` makes a whole optimizer step by one graph, `ahead.py` many of them in one native loop.
 """
 
+from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan import Plan
 
-__all__ = ["Plan"]
+__all__ = ["NonFiniteGuard", "Plan"]

@@ -28,14 +28,16 @@ class AheadRunner:
         """Return how many global steps may be made by letting every lowest problem make so many steps on its own.
 
         After fewer steps no other problem would be due. It is 1 where that would change a result: random numbers are
-        drawn by torch's one generator, so only one of all data and losses concerned may draw.
+        drawn by torch's one generator, so only one of all data and losses concerned may draw. It is 1 with a guard,
+        too, which looks at every single step.
 
         Args:
             limit: The most that are wanted, at least 1.
         """
         plan = self._executor.plan
         lowest = [p.name for p in plan.problems if not p.lowers]
-        if limit == 1 or self._executor.keep_gradients or not any(plan[name].runs_ahead for name in lowest):
+        alone = self._executor.keep_gradients or self._executor.check.guard is not None
+        if limit == 1 or alone or not any(plan[name].runs_ahead for name in lowest):
             return 1
         streams = {name: self._executor.states[name].stream for name in lowest}
         compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())

@@ -37,6 +37,7 @@ from mlopt.runtime.derivatives import (
     mean_of_each,
     mean_result,
 )
+from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
 from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
@@ -62,6 +63,21 @@ class Pass:
         """Add a vector into a slot; an empty slot takes it over."""
         present = self.slots.get(slot)
         self.slots[slot] = value if present is None else present + value
+
+
+@dataclasses.dataclass
+class Made:
+    """What became of one step.
+
+    Attributes:
+        results: Loss and metrics.
+        interrupt: Ctrl-C, if it came when the step was made.
+        left_out: It was not finite, and changed nothing.
+    """
+
+    results: dict[str, Any]
+    interrupt: BaseException | None = None
+    left_out: bool = False
 
 
 class _NoProducts(AbstractLinearization):
@@ -113,6 +129,7 @@ class Executor:
         self.states = {name: ProblemState(streams[name]) for name in problems}
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
         self.keep_gradients = False
+        self.check = StepCheck(plan, problems)
         self._derive = derive
         self._quiet = quiet
         self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
@@ -163,31 +180,28 @@ class Executor:
         batches = state.stream.ahead(count)
         self._begin_unrolls(name)
         samples: Sequence[Sample] = [Sample(b) for b in batches]
-        results, error = self._step_on(name, samples)
+        made = self._step_on(name, samples)
         state.stream.advance(count)
         state.num_steps += 1
         state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
-        for unroll in self._open_unrolls(name):
-            unroll.steps.append((name, state.samples))
+        if not made.left_out:
+            for unroll in self._open_unrolls(name):
+                unroll.steps.append((name, state.samples))
         unroll_below = self._unrolls.pop(name, None)
-        if unroll_below is not None:
+        interrupt = made.interrupt
+        if unroll_below is not None and not made.left_out:
             unroll_below.restore()
             for lower, count in collections.Counter(n for n, _ in unroll_below.steps).items():
                 if lower in self._histories:
                     self._histories[lower].rewind(count)
             for lower, samples in unroll_below.steps:
-                _, interrupt = self._step_on(lower, samples)
-                error = error or interrupt
-        if error is not None:
-            raise error
-        return results
+                interrupt = self._step_on(lower, samples).interrupt or interrupt
+        if interrupt is not None:
+            raise interrupt
+        return made.results
 
-    def _step_on(self, name: str, samples: Sequence[Sample]) -> tuple[dict[str, Any], BaseException | None]:
-        """Make one optimizer step on given micro-batches, with their random numbers if they have been used.
-
-        Returns:
-            Loss and metrics, and Ctrl-C if it came when the step was made.
-        """
+    def _step_on(self, name: str, samples: Sequence[Sample]) -> Made:
+        """Make one optimizer step on given micro-batches, with their random numbers if they have been used."""
         if self.plan[name].is_whole:
             made = self._step_compiled(name, samples[0])
             if made is not None:
@@ -195,6 +209,10 @@ class Executor:
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
         gradients = self.total_gradient(name, run)
+        results = {"loss": run.result.loss, **run.result.metrics}
+        if not self.check.passes(name, run, gradients):
+            self.guesses = {key: guess for key, guess in self.guesses.items() if key[0] != name}
+            return Made(results, left_out=True)
         if name in self._histories:
             indirect = self.layouts[name].split(run.slots[HYPERGRADIENT]) if HYPERGRADIENT in run.slots else None
             extra = (
@@ -208,9 +226,9 @@ class Executor:
             for live, value in run.result.buffers:
                 live.copy_(value)
         self._update(name, gradients)
-        return {"loss": run.result.loss, **run.result.metrics}, None
+        return Made(results)
 
-    def _step_compiled(self, name: str, sample: Sample) -> tuple[dict[str, Any], BaseException | None] | None:
+    def _step_compiled(self, name: str, sample: Sample) -> Made | None:
         """Make one step by its compiled graph; None if there is none, or if it failed and nothing was changed."""
         derivatives = self._derive(name, sample.batch)
         compiled = self.compiled_step(name, derivatives)
@@ -221,24 +239,44 @@ class Executor:
             samples = (Sample(sample.batch, before),)
             if name in self._histories:
                 self._histories[name].record(samples, None)
-            outcome = compiled.run([sample.batch], [compiled.settings()])
+            guard = self.check.guard
+            outcome = compiled.run([sample.batch], [compiled.settings()], finite_only=guard is not None)
             if outcome.num_steps == 0 and before is not None:
                 set_random_state(before)
         if outcome.num_steps == 0:
             if name in self._histories:
                 self._histories[name].rewind(1)
-            assert outcome.error is not None
+            if outcome.error is None:
+                return None  # not finite: the step by itself will tell where it begins
             if not isinstance(outcome.error, Exception):
                 raise outcome.error
             compiled.give_up(str(outcome.error))
             return None
+        if guard is not None:
+            guard.accept(name)
         self.states[name].samples = samples
         scheduler = self.problems[name].scheduler
         if scheduler is not None:
             mark_stepped(self.problems[name].optimizer)
             scheduler.step()
         assert outcome.outputs is not None
-        return compiled.metrics(outcome.outputs), outcome.error
+        return Made(compiled.metrics(outcome.outputs), outcome.error)
+
+    def snapshot(self) -> Callable[[], None]:
+        """Copy what steps change; return a function that puts it back. Counters and batches go on."""
+        copies = [Snapshot(problem) for problem in self.problems.values()]
+        guesses = dict(self.guesses)
+        ends = {name: history.end for name, history in self._histories.items()}
+
+        def restore() -> None:
+            for copy in copies:
+                copy.restore()
+            self.guesses = dict(guesses)
+            self._unrolls.clear()
+            for name, history in self._histories.items():
+                history.rewind(history.end - ends[name])
+
+        return restore
 
     def _begin_unrolls(self, name: str) -> None:
         """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
@@ -260,7 +298,11 @@ class Executor:
 
     def hypergradient(self, name: str, batches: Sequence[Batch] | None) -> list[torch.Tensor | None]:
         """Return the total gradient of a problem at the present state; nothing is changed."""
-        return self.total_gradient(name, self.evaluate(name, batches))
+        while True:
+            run = self.evaluate(name, batches)
+            gradients = self.total_gradient(name, run)
+            if not self.check.overflows(name, run, gradients):
+                return gradients
 
     def lower_samples(self, name: str) -> tuple[Sample, ...]:
         """Return what a lower problem is differentiated on: the micro-batches of its last step.
@@ -390,6 +432,8 @@ class Executor:
 
     def _report(self, name: str, instruction: Solve, outcome: Outcome) -> None:
         key = (name, instruction.out, outcome)
+        if outcome is Outcome.NON_FINITE and self.problems[instruction.problem].loss_scale is not None:
+            return  # the loss scale is finding its value
         if self._quiet or outcome < Outcome.DIVERGING or key in self._warned:
             return
         self._warned.add(key)

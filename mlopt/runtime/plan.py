@@ -15,6 +15,7 @@ from mlopt.runtime.ahead import AheadRunner
 from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
+from mlopt.runtime.finite import NonFiniteGuard
 
 StepResult = dict[str, dict[str, Any]]
 
@@ -57,6 +58,8 @@ class Plan:
         Raises:
             DataError: A problem's data ran out or changed its structure beyond what can be read.
             CaptureError: A batch of a new shape or structure made a new capture necessary, and that failed.
+            NonFiniteError: The guard (see `set_guard`) found a step that is not finite; or an fp16 problem overflows
+                whatever its loss scale.
         """
         return self._advance(1)
 
@@ -82,6 +85,9 @@ class Plan:
     def _advance(self, count: int) -> StepResult:
         """Make global steps, of which only the last may have other than lowest problems due."""
         executor = self._executor
+        guard = executor.check.guard
+        if guard is not None:
+            guard.begin(self.num_steps + 1, self.graph.problems, executor.snapshot)
         if count > 1:
             lowest = [p.name for p in self.program.problems if not p.lowers]
             before = {name: executor.states[name].num_steps for name in lowest}
@@ -110,6 +116,14 @@ class Plan:
     @keep_gradients.setter
     def keep_gradients(self, value: bool) -> None:
         self._executor.keep_gradients = value
+
+    def set_guard(self, guard: NonFiniteGuard | None) -> None:
+        """Have every step looked at before it changes anything, or no longer, with None.
+
+        Args:
+            guard: Says what is done with a step that is not finite.
+        """
+        self._executor.check.guard = guard
 
     def hypergradient(self, problem: str | Problem, *, batch: Any = None) -> dict[str, torch.Tensor]:
         """Return the total gradient of a problem's loss at the present state; nothing is stepped or moved.

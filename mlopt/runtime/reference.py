@@ -17,6 +17,7 @@ from mlopt.autodiff import FlatLayout
 from mlopt.capture.export import check_loss, split_result
 from mlopt.capture.output import silenced
 from mlopt.planner import ProductNeeds
+from mlopt.precision import LossScale, autocast
 from mlopt.problem import Problem
 from mlopt.runtime.curvature import LossFunctionRecorder, curvature_gradient
 from mlopt.runtime.data import Batch
@@ -74,9 +75,7 @@ class AutogradDerivatives(AbstractDerivatives):
             loss, metrics = self._loss(batch)
             own = self._parameters(self._problem.name)
             reads = {name: self._parameters(name) for name in self._needs.cotangents}
-            gradients = iter(
-                torch.autograd.grad(loss, [*own, *(p for group in reads.values() for p in group)], allow_unused=True)
-            )
+            gradients = iter(self._first_derivatives(loss, [*own, *(p for group in reads.values() for p in group)]))
             own_gradients: list[torch.Tensor | None] = [next(gradients) for _ in own]
             cotangents = {
                 name: self._layouts[name].flatten([next(gradients) for _ in group]) for name, group in reads.items()
@@ -107,12 +106,15 @@ class AutogradDerivatives(AbstractDerivatives):
             with self._recorder() as recorder:
                 loss, _ = self._loss(batch)
             own = self._parameters(self._problem.name)
+            scale = self._problem.loss_scale
+            if scale is not None:
+                loss = loss * scale.value
             gradients = torch.autograd.grad(loss, own, create_graph=True, allow_unused=True)
             curved: Sequence[torch.Tensor | None] = gradients
             if recorder is not None:
                 curved = curvature_gradient(self._problem.name, loss, recorder, own, gradients)
         targets = {name: self._parameters(name) for name in self._needs.mixed}
-        return _AutogradLinearization(own, gradients, curved, self._layouts, self._problem.name, targets)
+        return _AutogradLinearization(own, gradients, curved, self._layouts, self._problem.name, targets, scale)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Set the own parameters, differentiate by what is read, put the parameters back."""
@@ -123,15 +125,22 @@ class AutogradDerivatives(AbstractDerivatives):
             with silenced(), self._buffers():
                 loss, _ = self._loss(batch)
                 groups = {name: self._parameters(name) for name in self._needs.read_gradients}
-                gradients = iter(
-                    torch.autograd.grad(loss, [p for group in groups.values() for p in group], allow_unused=True)
-                )
+                gradients = iter(self._first_derivatives(loss, [p for group in groups.values() for p in group]))
                 return {
                     name: self._layouts[name].flatten([next(gradients) for _ in group])
                     for name, group in groups.items()
                 }
         finally:
             _assign(parameters, before)
+
+    def _first_derivatives(
+        self, loss: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        scale = self._problem.loss_scale
+        if scale is None:
+            return torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss * scale.value, parameters, allow_unused=True)
+        return [None if g is None else g / scale.value for g in gradients]
 
     def _recorder(self) -> contextlib.AbstractContextManager[LossFunctionRecorder | None]:
         uses_ggn = self._needs.hvp and self._needs.curvature == "ggn"
@@ -144,7 +153,8 @@ class AutogradDerivatives(AbstractDerivatives):
 
     def _loss(self, batch: Batch) -> tuple[torch.Tensor, Mapping[str, object]]:
         tensors = [t.clone() for t in batch.tensors]  # a training_step may write to its batch
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        cast = autocast(self._problem.precision, self._problem.device)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), cast:
             loss, metrics = split_result(self._problem.name, self._problem.training_step(batch.spec.unflatten(tensors)))
             check_loss(self._problem.name, loss)
         return loss, metrics
@@ -183,7 +193,9 @@ class _AutogradLinearization(AbstractLinearization):
         layouts: Mapping[str, FlatLayout],
         problem: str,
         targets: Mapping[str, Sequence[torch.Tensor]],
+        scale: LossScale | None,
     ) -> None:
+        self._scale = scale
         self._own, self._gradients, self._curved = own, gradients, curved
         self._layouts, self._problem, self._targets = layouts, problem, targets
 
@@ -199,6 +211,10 @@ class _AutogradLinearization(AbstractLinearization):
         vector: torch.Tensor,
         groups: Mapping[str, Sequence[torch.Tensor]],
     ) -> dict[str, torch.Tensor]:
+        norm = None
+        if self._scale is not None:  # the products are those of the scaled loss, along a vector of length 1
+            norm = vector.norm()
+            vector = vector / norm if norm > 0 else vector
         parts = self._layouts[self._problem].split(vector)
         curved = [(g, v) for g, v in zip(gradients, parts, strict=True) if g is not None and g.requires_grad]
         wanted = [t for group in groups.values() for t in group]
@@ -209,7 +225,10 @@ class _AutogradLinearization(AbstractLinearization):
             if curved
             else [None] * len(wanted)
         )
-        return {name: self._layouts[name].flatten([next(products) for _ in group]) for name, group in groups.items()}
+        found = {name: self._layouts[name].flatten([next(products) for _ in group]) for name, group in groups.items()}
+        if self._scale is None or norm is None:
+            return found
+        return {name: product * (norm / self._scale.value).to(product.dtype) for name, product in found.items()}
 
 
 def _assign(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:

@@ -21,6 +21,7 @@ from mlopt.autodiff import StepGraph
 from mlopt.backends import Changing, Compiled, StepsOutcome, run_steps
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch
+from mlopt.runtime.finite import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +92,16 @@ class CompiledStep:
         """
         return self.call(*self._arguments(batch, update))
 
-    def run(self, batches: Sequence[Batch], schedule: Sequence[Sequence[float]]) -> StepsOutcome:
+    def run(
+        self, batches: Sequence[Batch], schedule: Sequence[Sequence[float]], *, finite_only: bool = False
+    ) -> StepsOutcome:
         """Make one step per batch and write the new values into the live tensors.
 
         Args:
             batches: All of the sizes of the first.
             schedule: `settings` of each step.
+            finite_only: Write nothing, and report no step, if a new value or the last loss is not finite. (A parameter
+                that is not finite stays so, whatever the later steps do.)
         """
         distinct: dict[int, int] = {}
         order = [distinct.setdefault(id(batch), len(distinct)) for batch in batches]
@@ -111,6 +116,8 @@ class CompiledStep:
             order,
             numbers,
         )
+        if finite_only and outcome.outputs is not None and not all_finite([outcome.outputs[0], *outcome.fed]):
+            return StepsOutcome(0, [], None, None)
         if outcome.num_steps:
             self._write(outcome.fed)
         return outcome

@@ -12,6 +12,7 @@ that does is rounding, a much larger one is a mistake.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -22,6 +23,7 @@ import torch
 from mlopt.autodiff import FlatLayout
 from mlopt.capture.output import silenced
 from mlopt.planner import ProductNeeds
+from mlopt.precision import PRECISIONS
 from mlopt.problem import Problem
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives
@@ -47,7 +49,22 @@ _NOISE_RATIO = 10.0
 # the difference is then reported.
 _MOST_NOISE = 0.05
 
+# The same for what is computed in a half type. Measured on an MLP and a conv net: one rounding error of bf16 per
+# parameter moves products by 3 to 7 %, machine code differs from autograd by at most 1 %, and both are equally far from
+# float32 (1 to 5 %).
+_HALF_NOISE_RATIO = 1.0
+_MOST_HALF_NOISE = 0.2
+
 Products = dict[str | torch.Tensor, torch.Tensor]
+
+
+def tolerance_of(problem: Problem, layout: FlatLayout) -> float:
+    """Return the largest relative difference of two evaluations of a problem that needs no further look."""
+    return max(TOLERANCES.get(d, 1e-8) for d in _computed_in(problem, layout))
+
+
+def _computed_in(problem: Problem, layout: FlatLayout) -> set[torch.dtype]:
+    return {PRECISIONS[problem.precision]} if problem.precision else {*layout.dtypes}
 
 
 def find_disagreement(
@@ -75,48 +92,65 @@ def find_disagreement(
     Returns:
         None if they agree, else one line that names the derivative and the difference.
     """
-    tolerance = max(TOLERANCES.get(d, 1e-8) for d in layout.dtypes)
+    tolerance = tolerance_of(problem, layout)
+    half = bool(_computed_in(problem, layout) & {*PRECISIONS.values()})
+    limits = (_HALF_NOISE_RATIO, _MOST_HALF_NOISE) if half else (_NOISE_RATIO, _MOST_NOISE)
     state = get_random_state(layout.device)
-    with frozen_random_state(state):
-        got = _evaluate(compiled, problem, batch, layout, needs)
-    with frozen_random_state(state), silenced():
-        expected = _evaluate(reference, problem, batch, layout, needs)
-    # Rounding alone leaves something of this size of a product that is zero.
-    natural = min(1.0, max(float(expected["loss"].abs()), float(expected["gradient"].norm())))
-    floor = 10 * max(torch.finfo(d).eps for d in layout.dtypes) * natural
-    noisy: list[Products] = []
-    for name in expected | got:
-        # A buffer that only one side reports was left alone by the other.
-        a = got.get(name, name)
-        b = expected.get(name, name)
-        assert isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor), f"only one side has {name}"
-        scale, difference = float(b.double().norm()), _distance(a, b)
-        if not math.isfinite(scale):
-            continue  # a loss that is not finite at the start is reported by the first step
-        if difference <= tolerance * scale + floor:
-            continue
-        if not noisy:
-            noisy.append(_with_noise(0, reference, problem, problems, layout, needs, batch))
-        if _explains(noisy, name, b, difference):
-            continue
-        if len(noisy) == 1:  # one draw of the noise may be a lucky one
-            noisy.append(_with_noise(1, reference, problem, problems, layout, needs, batch))
-        if _explains(noisy, name, b, difference):
-            continue
-        label = name if isinstance(name, str) else "buffer written by the loss"
-        relative = difference / scale if scale > 0 else float("inf")
-        return (
-            f"{label}: relative difference {relative:.2e}, tolerance {tolerance:.0e} "
-            f"(norms {float(a.double().norm()):.4e} and {scale:.4e})"
-        )
+    with _loss_scale_kept(problem):
+        while True:
+            with frozen_random_state(state), silenced():
+                expected = _evaluate(reference, problem, batch, layout, needs)
+            finite = all(bool(torch.isfinite(value).all()) for value in expected.values())
+            # With the scale that an fp16 run starts with products may overflow, and would tell nothing.
+            if finite or problem.loss_scale is None or not torch.isfinite(expected["loss"]):
+                break
+            if not problem.loss_scale.back_off():
+                break
+        with frozen_random_state(state):
+            got = _evaluate(compiled, problem, batch, layout, needs)
+        # Rounding alone leaves something of this size of a product that is zero.
+        natural = min(1.0, max(float(expected["loss"].abs()), float(expected["gradient"].norm())))
+        floor = 10 * max(torch.finfo(d).eps for d in layout.dtypes) * natural
+        noisy: list[Products] = []
+        for name in expected | got:
+            # A buffer that only one side reports was left alone by the other.
+            a = got.get(name, name)
+            b = expected.get(name, name)
+            assert isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor), f"only one side has {name}"
+            scale, difference = float(b.double().norm()), _distance(a, b)
+            if not math.isfinite(scale):
+                continue  # a loss that is not finite at the start is reported by the first step
+            if difference <= tolerance * scale + floor:
+                continue
+            if not noisy:
+                noisy.append(_with_noise(0, reference, problem, problems, layout, needs, batch))
+            if _explains(noisy, name, b, difference, limits):
+                continue
+            if len(noisy) == 1:  # one draw of the noise may be a lucky one
+                noisy.append(_with_noise(1, reference, problem, problems, layout, needs, batch))
+            if _explains(noisy, name, b, difference, limits):
+                continue
+            label = name if isinstance(name, str) else "buffer written by the loss"
+            relative = difference / scale if scale > 0 else float("inf")
+            return (
+                f"{label}: relative difference {relative:.2e}, tolerance {tolerance:.0e} "
+                f"(norms {float(a.double().norm()):.4e} and {scale:.4e})"
+            )
     return None
 
 
-def _explains(noisy: list[Products], name: str | torch.Tensor, value: torch.Tensor, difference: float) -> bool:
+def _explains(
+    noisy: list[Products],
+    name: str | torch.Tensor,
+    value: torch.Tensor,
+    difference: float,
+    limits: tuple[float, float],
+) -> bool:
     """Whether a difference from `value` is of the size that rounding errors of parameters and inputs cause."""
     noise = max((_distance(products[name], value) for products in noisy if name in products), default=0.0)
     logger.debug("difference %.1e, noise %.1e", difference, noise)
-    return noise <= _MOST_NOISE * float(value.double().norm()) and difference <= _NOISE_RATIO * noise
+    ratio, most = limits
+    return noise <= most * float(value.double().norm()) and difference <= ratio * noise
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -135,9 +169,21 @@ def _with_noise(
     """Return the products by plain autograd at parameters and inputs that are off by one rounding error each."""
     generator = torch.Generator().manual_seed(seed)
     state = get_random_state(layout.device)
-    with perturbed_parameters(problems, generator), frozen_random_state(state), silenced():
-        moved = dataclasses.replace(batch, tensors=perturb(batch.tensors, generator))
+    dtype = PRECISIONS[problem.precision] if problem.precision else None
+    with perturbed_parameters(problems, generator, dtype), frozen_random_state(state), silenced():
+        moved = dataclasses.replace(batch, tensors=perturb(batch.tensors, generator, dtype))
         return _evaluate(reference, problem, moved, layout, needs)
+
+
+@contextlib.contextmanager
+def _loss_scale_kept(problem: Problem) -> Iterator[None]:
+    scale = problem.loss_scale
+    before = None if scale is None else scale.state_dict()
+    try:
+        yield
+    finally:
+        if scale is not None and before is not None:
+            scale.load_state_dict(before)
 
 
 def _evaluate(

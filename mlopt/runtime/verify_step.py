@@ -12,7 +12,7 @@ from mlopt.problem import Problem
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import GraphDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
-from mlopt.runtime.verify import TOLERANCES
+from mlopt.runtime.verify import tolerance_of
 
 _ROUNDINGS = 10  # of the parameter itself: a new value is a rounded sum
 
@@ -51,7 +51,7 @@ def find_step_disagreement(
         copy.grad = by_name[name].detach().clone().to(copy.dtype)
     before = {x: other.live(x).detach().clone() for x in update.outputs}
     type(twin).step(twin)
-    tolerance = max(TOLERANCES.get(d, 1e-8) for d in layout.dtypes)
+    tolerance = tolerance_of(problem, layout)
     start = 1 + step.graph.num_metrics
     for x, got in zip(update.outputs, outputs[start : start + len(update.outputs)], strict=True):
         expected = other.live(x).detach()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mlopt
+from mlopt.errors import NonFiniteError, NonFiniteWarning
 from tests.helpers.bilevel import compiled, make
 
 
@@ -66,3 +67,24 @@ def test_training_improves_the_upper_loss():
     history = mlopt.Engine(plan, steps=200, log_every=20, progress=False).run()
     losses = torch.tensor([v for _, v in history["reweight.loss"]])
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("policy", [None, "raise", "skip", "roll_back"])
+def test_non_finite_losses(policy):
+    lower, upper = make(sizes=(12, 12, 12, 12))
+    lower.data[2][0].fill_(torch.nan)
+    plan = mlopt.compile(mlopt.Graph([lower, upper]), strict=True, progress=False)
+    engine = mlopt.Engine(plan, steps=8, log_every=1, non_finite=policy, snapshot_every=2, progress=False)
+    if policy in (None, "raise"):
+        with pytest.raises(NonFiniteError, match="problem 'classifier'.*step 3"):
+            engine.run()
+        assert torch.isfinite(lower.module[0].weight).all() == (policy == "raise")
+        return
+    with pytest.warns(NonFiniteWarning, match="step 3"):
+        history = engine.run()
+    assert engine.num_left_out == {"classifier": 2}  # the data is read twice
+    assert [s for s, _ in history["classifier.loss"]] == [1, 2, 4, 5, 6, 8]
+    assert torch.isfinite(lower.module[0].weight).all()
+    assert plan._executor.check.guard is None  # the run is over
+    with pytest.raises(ValueError, match="argument `non_finite`: expected one of"):
+        mlopt.Engine(plan, steps=1, non_finite="warn")
