@@ -178,6 +178,9 @@ class Compiler:
         if self.layouts[name].device.type != "cpu":
             self.report.eager_updates[name] = "steps as one graph are compiled for CPUs only"
             return graphs
+        if problem.step_hooks():
+            self.report.eager_updates[name] = f"it has hooks around its step: {', '.join(problem.step_hooks())}"
+            return graphs
         trained = problem.trained_parameters()
         present = present_gradients(graphs.gradient, len(graphs.loss.metrics))
         parameters = {n: trained[n] for n in present}
