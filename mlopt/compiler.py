@@ -181,6 +181,9 @@ class Compiler:
         if problem.loss_scale is not None:
             self.report.eager_updates[name] = "its loss scale decides after each gradient whether a step is made"
             return graphs
+        if problem.step_hooks():
+            self.report.eager_updates[name] = f"it has hooks around its step: {', '.join(problem.step_hooks())}"
+            return graphs
         trained = problem.trained_parameters()
         present = present_gradients(graphs.gradient, len(graphs.loss.metrics))
         parameters = {n: trained[n] for n in present}

@@ -178,6 +178,7 @@ class Executor:
         state = self.states[name]
         count = self.problems[name].gradient_accumulation
         batches = state.stream.ahead(count)
+        self._start_inner_loop(name)
         self._begin_unrolls(name)
         samples: Sequence[Sample] = [Sample(b) for b in batches]
         made = self._step_on(name, samples)
@@ -277,6 +278,20 @@ class Executor:
                 history.rewind(history.end - ends[name])
 
         return restore
+
+    def _start_inner_loop(self, name: str) -> None:
+        """Run the user's hook if a problem is about to make the first step of an unroll."""
+        problem = self.problems[name]
+        since_warmup = self.states[name].num_steps - problem.warmup_steps
+        starts = since_warmup >= 0 and since_warmup % problem.unroll_steps == 0
+        if since_warmup == 0 and problem.warmup_steps:
+            starts = False  # the warm-up steps have begun this unroll
+        if self.states[name].num_steps != 0 and not starts:
+            return
+        if "on_inner_loop_start" in problem.step_hooks():
+            problem.on_inner_loop_start()
+            if name in self._histories:
+                self._histories[name].begin()
 
     def _begin_unrolls(self, name: str) -> None:
         """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
@@ -492,11 +507,15 @@ class Executor:
 
     def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
         problem = self.problems[name]
-        gradients = scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
-        for parameter, gradient in zip(problem.trained_parameters().values(), gradients, strict=True):
-            parameter.grad = gradient
+        parameters = list(problem.trained_parameters().values())
+        if "grad_callback" in problem.step_hooks():
+            _set_gradients(parameters, gradients)
+            problem.grad_callback()
+            gradients = [p.grad for p in parameters]
+        _set_gradients(parameters, scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient))
         self._set_hyperparameters(name)
-        problem.optimizer.step()
+        problem.optimizer_step()
+        problem.param_callback()
         if problem.scheduler is not None:
             problem.scheduler.step()
 
@@ -510,3 +529,8 @@ class Executor:
                         group[key].copy_(value)
                     else:
                         group[key] = float(value)
+
+
+def _set_gradients(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

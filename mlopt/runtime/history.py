@@ -78,7 +78,7 @@ class History:
 
     def record(self, samples: tuple[Sample, ...], extra: list[torch.Tensor | None] | None) -> None:
         """Record the step that the problem is about to make; call before its parameters change."""
-        if self.end % self.interval == 0:
+        if self.end % self.interval == 0 or not self._checkpoints:
             self._checkpoints.append((self.end, self.present_state()))
         settings = [
             {k: _copied(v) for k, v in g.items() if k != "params"} for g in self._problem.optimizer.param_groups
@@ -90,6 +90,12 @@ class History:
         while self._first < self._checkpoints[0][0]:
             self._records.popleft()
             self._first += 1
+
+    def begin(self) -> None:
+        """Forget all records: the problem was reset, so that earlier steps have no influence on later ones."""
+        self._first = self.end
+        self._records.clear()
+        self._checkpoints.clear()
 
     def rewind(self, count: int) -> None:
         """Forget the last records: the steps are about to be made again."""
