@@ -37,10 +37,11 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         graph: The problems.
         backend: What runs the graphs. ``"eager"``: torch calls. ``"inductor"``: machine code by AOTInductor, compiled
             in parallel processes and kept on disk; the first compilation of a program takes 10 seconds to minutes,
-            the next ones under a second. ``"auto"``: machine code where it is faster than torch calls on the first
-            batch, where a C++ compiler and the native extension are there, else ``"eager"``; ``$MLOPT_BACKEND``
-            overrides it. Whatever has to be captured later (a batch of another structure, a size that a graph does not
-            hold for) runs by torch calls unless the cache has it: training is never stopped to compile.
+            the next ones under a second. ``"native"``: the kernels of mlopt where graphs have the structure they are
+            written for (`explain` says which), torch calls elsewhere. ``"auto"``: the fastest of all these on the first
+            batch, graph by graph, of what can be used here; ``$MLOPT_BACKEND`` overrides it, and ``MLOPT_KERNELS=0``
+            leaves the kernels out. Whatever has to be captured later (a batch of another structure, a size that a graph
+            does not hold for) runs by torch calls unless the cache has it: training is never stopped to compile.
         verify: Compare every derivative with plain autograd on the first batch. Where they disagree, that problem's
             derivatives are taken by plain autograd from then on, and a `VerificationWarning` says so.
         strict: Raise instead of falling back.

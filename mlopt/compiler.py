@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from mlopt.autodiff import FlatLayout, TaskAxis
+from mlopt.autodiff import FlatLayout, TaskAxis, present_gradients, step_graph
 from mlopt.backends import AbstractBackend, EagerBackend
-from mlopt.capture import LossGraph, ReadAttribute, capture_loss
+from mlopt.capture import LossGraph, ReadAttribute, capture_loss, capture_update, warmed_twin
 from mlopt.capture.tasks import showing_task
 from mlopt.checks import all_reads, check_devices, check_estimators, warn_about_unreached
 from mlopt.errors import (
@@ -25,6 +25,7 @@ from mlopt.errors import (
     IslandWarning,
     LossError,
     MloptError,
+    UpdateError,
     VerificationError,
     VerificationWarning,
 )
@@ -38,6 +39,7 @@ from mlopt.runtime.reference import AutogradDerivatives
 from mlopt.runtime.reference_tasks import TaskAutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
+from mlopt.runtime.verify_step import find_step_disagreement
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +167,29 @@ class Compiler:
             return loss
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
+        if isinstance(graphs, DerivativeGraphs) and self.backend.compiles and self.program[name].is_whole:
+            graphs = self._with_step(graphs)
         self.report.seconds["differentiate"] += time.perf_counter() - start
         return graphs
+
+    def _with_step(self, graphs: DerivativeGraphs) -> DerivativeGraphs:
+        """Add the graph of the whole step, if the optimizer's part of it can be captured."""
+        name, problem = graphs.loss.problem, self.graph.problems[graphs.loss.problem]
+        if self.layouts[name].device.type != "cpu":
+            self.report.eager_updates[name] = "steps as one graph are compiled for CPUs only"
+            return graphs
+        trained = problem.trained_parameters()
+        present = present_gradients(graphs.gradient, len(graphs.loss.metrics))
+        parameters = {n: trained[n] for n in present}
+        try:
+            twin, copies = warmed_twin(name, problem.optimizer, parameters)
+            update = capture_update(name, twin, copies).of(problem.optimizer, parameters)
+            clip, normalize = problem.clip_norm, problem.normalize_gradient
+            step = step_graph(graphs.loss, graphs.gradient, update, clip, normalize=normalize)
+        except UpdateError as error:
+            self.report.eager_updates[name] = str(error)
+            return graphs
+        return dataclasses.replace(graphs, step=step)
 
     def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
         axis = self.axes[loss.problem]
@@ -307,16 +330,17 @@ class Compiler:
         if self.axes[name] is not None and derivatives.is_random:
             # What can be checked is that the backend does what the graphs say.
             self.report.unverified[name] = "its tasks draw their random numbers in another order than a loop over them"
-            reference = GraphDerivatives(derivatives.graphs, EagerBackend())
+            reference = GraphDerivatives(dataclasses.replace(derivatives.graphs, step=None), EagerBackend())
         difference = find_disagreement(derivatives, reference, problem, problems, self.layouts[name], needs, batch)
         if difference is None:
+            self._verify_step(name, derivatives, batch)
             return derivatives
         message = f"problem {name!r}: a compiled derivative disagrees with plain autograd: {difference}"
         if self.strict:
             raise VerificationError(message + "; strict=True was given. compile(..., strict=False) uses plain autograd")
         if any(lowering.backend != "eager" for lowering in derivatives.lowerings().values()):
             # Is the graph wrong, or what the backend made of it? Torch calls on a right graph beat plain autograd.
-            eager = GraphDerivatives(derivatives.graphs, EagerBackend())
+            eager = GraphDerivatives(dataclasses.replace(derivatives.graphs, step=None), EagerBackend())
             layout = self.layouts[name]
             if find_disagreement(eager, reference, problem, problems, layout, needs, batch) is None:
                 message += f". The graphs are right and the {self.backend.name} backend is not: they run eagerly"
@@ -326,6 +350,20 @@ class Compiler:
         warnings.warn(message + "; this problem runs by plain autograd", VerificationWarning, stacklevel=5)
         self.report.islands[name] = message
         return reference
+
+    def _verify_step(self, name: str, derivatives: GraphDerivatives, batch: Batch) -> None:
+        """Compare the compiled step with the user's optimizer on copies; it is not used if they disagree."""
+        if derivatives.step is None:
+            return
+        difference = find_step_disagreement(derivatives, self.graph.problems[name], self.layouts[name], batch)
+        if difference is None:
+            return
+        message = f"problem {name!r}: its compiled step disagrees with its optimizer's own: {difference}"
+        if self.strict:
+            raise VerificationError(message + "; strict=True was given. compile(..., strict=False) steps the optimizer")
+        warnings.warn(message + "; the optimizer is stepped by itself", VerificationWarning, stacklevel=6)
+        derivatives.step.give_up(message)
+        self.report.eager_updates[name] = message
 
 
 def _kind(key: tuple[Any, ...]) -> tuple[object, ...]:

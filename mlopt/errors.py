@@ -32,7 +32,7 @@ class CaptureError(MloptError, RuntimeError):
 
 
 class UpdateError(MloptError, ValueError):
-    """An optimizer's step cannot be differentiated."""
+    """An optimizer's step cannot be differentiated, or cannot be captured as a graph."""
 
 
 class DataError(MloptError, ValueError):

@@ -8,12 +8,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_run_vector(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "run_vector.py"), "--smoke", "--out", str(tmp_path)]
+def smoke(name, folder):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", "--out", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "cg_step" in result.stdout and len(list(tmp_path.glob("cpu-*.json"))) == 1
+    return result.stdout
+
+
+def test_run_vector(tmp_path):
+    assert "cg_step" in smoke("run_vector", tmp_path) and len(list(tmp_path.glob("cpu-*.json"))) == 1
+
+
+def test_run_glm(tmp_path):
+    assert "double backward" in smoke("run_glm", tmp_path) and len(list(tmp_path.glob("glm-cpu-*.json"))) == 1
 
 
 def test_outer_iterations():

@@ -14,13 +14,13 @@ ALLOWED = {
     "linalg": {"ops"},
     "hypergradient": {"linalg"},
     "problem": {"errors", "hypergradient"},  # the latter for annotations only
-    "capture": {"errors", "problem"},
+    "capture": {"errors", "passes", "problem"},
     "passes": set(),
     "autodiff": {"capture", "errors", "passes"},
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},
     "planner": {"graph", "hypergradient"},
-    "backends": {"errors", "ops"},
+    "backends": {"errors", "ops", "passes"},
     "runtime": {
         "autodiff",
         "backends",

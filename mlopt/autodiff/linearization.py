@@ -21,10 +21,10 @@ from torch import fx
 from mlopt.autodiff.gauss_newton import CutLoss, second_order_products
 from mlopt.autodiff.gradient import prepare, read_parameters
 from mlopt.autodiff.layout import FlatLayout
-from mlopt.autodiff.split import dependents, extract, residuals_of
+from mlopt.autodiff.split import dependents, residuals_of
 from mlopt.autodiff.trace import Outputs, TracedGraph, trace
 from mlopt.capture.record import InputRole, LossGraph
-from mlopt.passes import run_default_passes
+from mlopt.passes import extract, run_default_passes
 
 
 @dataclasses.dataclass

@@ -5,25 +5,39 @@ from __future__ import annotations
 import os
 import warnings
 
+from mlopt import ops
 from mlopt.backends import inductor
 from mlopt.backends.base import AbstractBackend, Compiled, Lowering
 from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
+from mlopt.backends.native import NativeBackend
+from mlopt.backends.steps import Changing, StepsOutcome, run_steps
 from mlopt.errors import BackendWarning
 
-__all__ = ["AbstractBackend", "Compiled", "EagerBackend", "InductorBackend", "Lowering", "get_backend"]
+__all__ = [
+    "AbstractBackend",
+    "Changing",
+    "Compiled",
+    "EagerBackend",
+    "InductorBackend",
+    "Lowering",
+    "NativeBackend",
+    "StepsOutcome",
+    "get_backend",
+    "run_steps",
+]
 
-_NAMES = ("auto", "eager", "inductor")
+_NAMES = ("auto", "eager", "inductor", "native")
 
 
 def get_backend(name: str, cache_dir: str | os.PathLike[str] | None = None) -> AbstractBackend:
     """Return the backend of this name.
 
-    ``"auto"`` stands for what ``$MLOPT_BACKEND`` says. Unset, it is ``"inductor"`` with a measurement per graph where
-    that can be used, and ``"eager"`` elsewhere.
+    ``"auto"`` stands for what ``$MLOPT_BACKEND`` says. Unset, it is whatever is fastest, by a measurement per graph, of
+    what can be used here: ``"inductor"``, ``"native"`` (not with ``MLOPT_KERNELS=0``), ``"eager"``.
 
     Args:
-        name: ``"auto"``, ``"eager"`` or ``"inductor"``.
+        name: ``"auto"``, ``"eager"``, ``"inductor"`` or ``"native"``.
         cache_dir: Where compiled graphs are kept; default: ``$MLOPT_CACHE_DIR``, else ``~/.cache/mlopt``.
 
     Raises:
@@ -37,13 +51,23 @@ def get_backend(name: str, cache_dir: str | os.PathLike[str] | None = None) -> A
         raise ValueError(f"compile, argument `backend`: expected one of {', '.join(map(repr, _NAMES))}, got {name!r}")
     if name == "eager":
         return EagerBackend()
+    if name == "native":
+        if ops.available():
+            return NativeBackend(EagerBackend(), cache_dir)
+        return _without(name, "the native extension of mlopt is not built")
     lacking = inductor.missing()
-    if lacking is None:
-        return InductorBackend(cache_dir, measure=measure)
-    if name == "inductor":
-        warnings.warn(
-            f"backend='inductor' cannot be used: {lacking}. Graphs run by the eager backend, with the same results",
-            BackendWarning,
-            stacklevel=3,
-        )
+    if lacking is not None and name == "inductor":
+        return _without(name, lacking)
+    chosen = EagerBackend() if lacking is not None else InductorBackend(cache_dir, measure=measure)
+    if name == "auto" and ops.available() and os.environ.get("MLOPT_KERNELS") != "0":
+        return NativeBackend(chosen, cache_dir, name=chosen.name)
+    return chosen
+
+
+def _without(name: str, lacking: str) -> AbstractBackend:
+    warnings.warn(
+        f"backend={name!r} cannot be used: {lacking}. Graphs run by the eager backend, with the same results",
+        BackendWarning,
+        stacklevel=4,
+    )
     return EagerBackend()

@@ -97,6 +97,7 @@ class BlockOperator(AbstractLinearOperator):
         blocks: T.
         dtype: Dtype of the vectors.
         device: Device of the vectors.
+        native: The same as `function` in C++ (see `mlopt.linalg.native`), or None.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class BlockOperator(AbstractLinearOperator):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        native: Any = None,
     ) -> None:
         self._function = function
+        self.native = native
         self.size, self.blocks, self.dtype, self.device = size, blocks, dtype, torch.device(device)
 
     def mv(self, vector: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator
 from mlopt.planner.adjoint import plan_hypergradient
-from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, ReverseSteps, Solve
+from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, ReverseSteps, Solve, Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,10 @@ class ProblemPlan:
         estimator: How a problem above differentiates this problem's optimum.
         rolled_back: Problems that repeat their unroll after this problem's step, lowest first.
         reached: Names of its parameters that a lower loss reads, through which the hypergradient is more than direct.
+        is_whole: Whether a step is no more than the gradient of its own loss on one batch and the update, so that one
+            graph can make it.
+        runs_ahead: Whether steps of it may follow each other in one run until a problem above steps: it is a lowest
+            one whose steps nothing logs or reads in between.
     """
 
     name: str
@@ -56,6 +60,8 @@ class ProblemPlan:
     estimator: AbstractEstimator
     rolled_back: tuple[str, ...]
     reached: frozenset[str]
+    is_whole: bool = False
+    runs_ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +106,14 @@ def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | Non
     reads = {name: list(graph.reads(name)) for name in order}
     levels = graph.levels()
     problems = []
+    planned = {name: plan_hypergradient(name, order, reads, estimators) for name in order}
+    # Steps that are made again need a record of each.
+    recorded = {i.problem for instructions in planned.values() for i in instructions if isinstance(i, ReverseSteps)}
+    recorded |= {below for name in order if graph.problems[name].roll_back for below in graph.below(name)}
     for name in order:
-        instructions = plan_hypergradient(name, order, reads, estimators)
+        instructions = planned[name]
+        whole = all(isinstance(i, Update) or (isinstance(i, Gradient) and not i.cotangents) for i in instructions)
+        whole = whole and graph.problems[name].gradient_accumulation == 1
         reached = {
             parameter
             for i in instructions
@@ -119,6 +131,8 @@ def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | Non
                 estimator=estimators[name],
                 rolled_back=tuple(graph.below(name)) if graph.problems[name].roll_back else (),
                 reached=frozenset(reached),
+                is_whole=whole,
+                runs_ahead=whole and not graph.lowers(name) and name not in recorded,
             )
         )
     return ExecutionPlan(tuple(problems), {name: _needs(name, problems) for name in order})

@@ -51,16 +51,32 @@ class BatchStream:
         self._problem = problem
         self._device = next(iter(problem.trained_parameters().values())).device
         self._cycles, self._fetch = _cycles(problem)
+        self._is_still = problem.data is None or (type(problem.data) in (list, tuple) and problem.loaders() is None)
         self._waiting: collections.deque[Batch] = collections.deque()
+
+    @property
+    def is_still(self) -> bool:
+        """Whether fetching runs no code of the user's, and so draws no random numbers and changes nothing."""
+        return self._is_still
 
     def peek(self) -> Batch:
         """Return the next batch without using it up."""
         return self.ahead(1)[0]
 
     def ahead(self, count: int) -> list[Batch]:
-        """Return the next batches without using them up."""
+        """Return the next batches without using them up.
+
+        From data that is a list, which runs no code of the user's, the same entry is the same `Batch`.
+        """
+        made: dict[int, Batch] = {}
         while len(self._waiting) < count:
-            self._waiting.append(self.flatten(self._fetch()))
+            fetched = self._fetch()
+            if not self.is_still:
+                self._waiting.append(self.flatten(fetched))
+                continue
+            if id(fetched) not in made:
+                made[id(fetched)] = self.flatten(fetched)
+            self._waiting.append(made[id(fetched)])
         return list(itertools.islice(self._waiting, count))
 
     def advance(self, count: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,9 @@ from mlopt.autodiff import (
     GradientGraph,
     LinearizationGraphs,
     ReadGradientGraph,
+    StepGraph,
     TaskAxis,
+    draws_random,
     gradient_graph,
     gradient_over_tasks,
     linearization_graphs,
@@ -28,11 +31,11 @@ from mlopt.autodiff import (
     read_gradient_graph,
     read_gradient_over_tasks,
 )
-from mlopt.autodiff.split import draws_random
 from mlopt.backends import AbstractBackend, Compiled, Lowering
-from mlopt.capture import InputRole, LossGraph
+from mlopt.capture import LossGraph
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
+from mlopt.runtime.steps import CompiledStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class AbstractLinearization(abc.ABC):
         """Return ``(d2g/dr dtheta)^T q`` [N_r] for each planned target r."""
 
     def native_hvp(self) -> Any:
-        """Return ``v -> H v`` as a native operator (see `mlopt.linalg.native`), or None."""
+        """Return ``v -> H v`` [N], or [T, N] with tasks, as a native operator (see `mlopt.linalg.native`), or None."""
         return None
 
 
@@ -142,6 +145,7 @@ class AbstractDerivatives(abc.ABC):
     """Derivatives of one problem's loss on batches of one kind, at the live parameters."""
 
     is_random: bool
+    step: CompiledStep | None = None  # the whole optimizer step, where there is a graph of it
 
     @abc.abstractmethod
     def at(self, values: Mapping[int, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
@@ -178,6 +182,7 @@ class DerivativeGraphs:
     linearization: LinearizationGraphs | None
     read_gradient: ReadGradientGraph | None
     has_tasks: bool = False
+    step: StepGraph | None = None
 
     def modules(self) -> dict[str, torch.fx.GraphModule]:
         """Return the graphs by name, in the order they are used."""
@@ -190,6 +195,8 @@ class DerivativeGraphs:
                 found["mixed"] = self.linearization.mixed
         if self.read_gradient is not None:
             found["read gradient"] = self.read_gradient.traced.module
+        if self.step is not None:
+            found["step"] = self.step.module
         return found
 
 
@@ -209,7 +216,7 @@ def differentiate(
         needs: The derivatives that are used.
         axis: The loss's task axis, if it has one.
     """
-    whole = inputs = bind_inputs(loss, batch)
+    whole = inputs = loss.bind(batch.tensors)
     if axis is not None:
         dims = axis.input_dims(loss)
         inputs = [t if d is None else t[0] for t, d in zip(whole, dims, strict=True)]
@@ -233,26 +240,6 @@ def differentiate(
     return DerivativeGraphs(loss, gradient, linearization, read_gradient, has_tasks=axis is not None)
 
 
-def bind_inputs(loss: LossGraph, batch: Batch, values: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Return the tensors to call a graph of this loss with: the live ones (or `values`), and the batch's."""
-    from_batch = iter(batch.tensors)
-    values = values or {}
-    bound = []
-    for x in loss.inputs:
-        if x.role is InputRole.BATCH:
-            bound.append(next(from_batch))
-        else:
-            assert x.tensor is not None
-            bound.append(values.get(id(x.tensor), x.tensor))
-    return bound
-
-
-def _live(loss: LossGraph, position: int) -> torch.Tensor:
-    tensor = loss.inputs[position].tensor
-    assert tensor is not None
-    return tensor
-
-
 class GraphDerivatives(AbstractDerivatives):
     """Derivatives by captured graphs, lowered by a backend."""
 
@@ -262,6 +249,8 @@ class GraphDerivatives(AbstractDerivatives):
         modules = graphs.modules()
         backend.prepare([module for module in modules.values() if not backend.is_prepared(module)])
         self._call = {name: backend.lower(module) for name, module in modules.items()}
+        if graphs.step is not None:
+            self.step = CompiledStep(graphs.step, graphs.loss, self._call["step"])
         self._values: Mapping[int, torch.Tensor] = {}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
 
@@ -288,37 +277,33 @@ class GraphDerivatives(AbstractDerivatives):
 
     def gradient(self, batch: Batch) -> GradientResult:
         """Run the gradient graph."""
-        inputs = bind_inputs(self._loss, batch, self._values)
+        inputs = self._loss.bind(batch.tensors, self._values)
         graph, loss = self.graphs.gradient, self._loss
         outputs = list(self._call["gradient"](*inputs))
         ends = list(itertools.accumulate([1, len(loss.metrics), len(graph.own), len(graph.cotangents)]))
         (value,), metrics, own, cotangents, buffers = (
             outputs[a:b] for a, b in itertools.pairwise([0, *ends, len(outputs)])
         )
-        named = {
-            m.name: v.item() if m.is_number and isinstance(v, torch.Tensor) else v
-            for m, v in zip(loss.metrics, metrics, strict=True)
-        }
         return GradientResult(
             loss=value,
-            metrics={**loss.constant_metrics, **named},
+            metrics=loss.named_metrics(metrics),
             own=own,
             cotangents=dict(zip(graph.cotangents, cotangents, strict=True)),
-            buffers=[(_live(loss, i), v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
+            buffers=[(loss.live(i), v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
         )
 
     def linearize(self, batch: Batch) -> AbstractLinearization:
         """Run the primal graph."""
         graphs = self.graphs.linearization
         assert graphs is not None, f"the plan of {self._loss.problem} needs no linearization"
-        residuals = self._call["primal"](*bind_inputs(self._loss, batch, self._values))
+        residuals = self._call["primal"](*self._loss.bind(batch.tensors, self._values))
         return _GraphLinearization(residuals, self._call, graphs)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the read-gradient graph."""
         graph = self.graphs.read_gradient
         assert graph is not None, f"the plan of {self._loss.problem} needs no read gradient"
-        outputs = self._call["read gradient"](*bind_inputs(self._loss, batch, self._values), own)
+        outputs = self._call["read gradient"](*self._loss.bind(batch.tensors, self._values), own)
         return dict(zip(graph.targets, outputs, strict=True))
 
 
@@ -329,11 +314,28 @@ class _GraphLinearization(AbstractLinearization):
         self._targets = graphs.targets
         self._hvp_graph = graphs.hvp
 
+    @functools.cached_property
+    def _operator(self) -> Any:
+        """The native operator of this point."""
+        call = self._call["hvp"]
+        return call.native_operator([*self._residuals, None], len(self._residuals))
+
+    @functools.cached_property
+    def _kernel(self) -> Any:
+        """The native operator, if it is a kernel: then it is the product, wherever one is asked for."""
+        call = self._call["hvp"]
+        operator = self._operator if call.is_kernel else None
+        return operator if call.is_kernel else None  # it may have measured, and decided otherwise
+
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._kernel is not None:
+            return self._kernel.apply(vector) if vector.ndim == 1 else self._kernel.apply_rows(vector)
         (product,) = self._call["hvp"](*self._residuals, vector)
         return product
 
     def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._kernel is not None:
+            return self._kernel.apply_rows(rows)
         # vmap needs torch operations, so it takes the graph itself whatever the backend made of it.
         graph = self._hvp_graph
         assert graph is not None
@@ -341,7 +343,7 @@ class _GraphLinearization(AbstractLinearization):
             return torch.func.vmap(lambda v: graph(*self._residuals, v)[0])(rows)
 
     def native_hvp(self) -> Any:
-        return self._call["hvp"].native_operator([*self._residuals, None], len(self._residuals))
+        return self._operator
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))

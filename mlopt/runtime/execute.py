@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mlopt import ops
-from mlopt.autodiff import FlatLayout
+from mlopt.autodiff import FlatLayout, scale_gradients
 from mlopt.autodiff.update import OptimizerState, update_factor
 from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
@@ -38,9 +38,11 @@ from mlopt.runtime.derivatives import (
     mean_result,
 )
 from mlopt.runtime.history import History
-from mlopt.runtime.rng import frozen_random_state, get_random_state
+from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
+from mlopt.runtime.schedule import mark_stepped
 from mlopt.runtime.state import ProblemState, Sample
+from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
 
 Derive = Callable[[str, Batch], AbstractDerivatives]
@@ -89,6 +91,11 @@ class Executor:
         seen: For each problem, the others whose tensors its step depends on in any way (default: what its loss has
             derivatives for); their past values are needed to make a step again.
         quiet: Do not warn of solves that end badly.
+
+    Attributes:
+        keep_gradients: See `Plan.keep_gradients`.
+        histories: Of problems whose steps are differentiated, the last of these.
+        unrolls: Of problems that roll the ones below them back, the steps below since their last one.
     """
 
     def __init__(
@@ -107,10 +114,11 @@ class Executor:
         self.layouts = layouts
         self.states = {name: ProblemState(streams[name]) for name in problems}
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
+        self.keep_gradients = False
         self._derive = derive
         self._quiet = quiet
-        self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
-        self._histories = {
+        self.unrolls: dict[str, Unroll] = {}
+        self.histories = {
             i.problem: History(
                 problems[i.problem], [problems[r] for r in (seen or {}).get(i.problem, plan[i.problem].reads)], i.steps
             )
@@ -122,67 +130,128 @@ class Executor:
 
     def is_due(self, name: str) -> bool:
         """Whether a problem steps now: its lower problems have made their steps since its last one."""
-        state = self.states[name]
         for lower in self.plan[name].lowers:
-            problem, made = self.problems[lower], self.states[lower].num_steps
-            since = made - max(state.steps_seen.get(lower, 0), problem.warmup_steps)
-            if since < problem.unroll_steps:
+            if self.states[lower].num_steps - self.unroll_start(name, lower) < self.problems[lower].unroll_steps:
                 return False
         return True
 
+    def unroll_start(self, name: str, lower: str) -> int:
+        """Return the step of a lower problem from which its steps count for the next one of `name`."""
+        return max(self.states[name].steps_seen.get(lower, 0), self.problems[lower].warmup_steps)
+
+    def derivatives(self, name: str, batch: Batch) -> AbstractDerivatives:
+        """Return the derivatives of a problem that are valid for a batch."""
+        return self._derive(name, batch)
+
+    def compiled_step(self, name: str, derivatives: AbstractDerivatives) -> CompiledStep | None:
+        """Return the compiled step if it is what the live optimizer would do now."""
+        step = derivatives.step
+        if step is None or self.keep_gradients or not step.is_used():
+            return None
+        self._set_hyperparameters(name)
+        return step if step.accepts() else None
+
     def step(self, name: str) -> dict[str, Any]:
         """Make one optimizer step of a problem; return its loss and metrics."""
+        try:
+            return self._step(name)
+        except Exception as error:
+            error.add_note(f"(in step {self.states[name].num_steps + 1} of problem {name!r})")
+            raise
+
+    def _step(self, name: str) -> dict[str, Any]:
         state = self.states[name]
         count = self.problems[name].gradient_accumulation
         batches = state.stream.ahead(count)
         self._begin_unrolls(name)
-        run = self._step_on(name, [Sample(b) for b in batches])
-        assert run.result is not None
+        samples: Sequence[Sample] = [Sample(b) for b in batches]
+        results, error = self._step_on(name, samples)
         state.stream.advance(count)
         state.num_steps += 1
         state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
         for unroll in self._open_unrolls(name):
             unroll.steps.append((name, state.samples))
-        unroll_below = self._unrolls.pop(name, None)
+        unroll_below = self.unrolls.pop(name, None)
         if unroll_below is not None:
             unroll_below.restore()
             for lower, count in collections.Counter(n for n, _ in unroll_below.steps).items():
-                if lower in self._histories:
-                    self._histories[lower].rewind(count)
+                if lower in self.histories:
+                    self.histories[lower].rewind(count)
             for lower, samples in unroll_below.steps:
-                self._step_on(lower, samples)
-        return {"loss": run.result.loss, **run.result.metrics}
+                _, interrupt = self._step_on(lower, samples)
+                error = error or interrupt
+        if error is not None:
+            raise error
+        return results
 
-    def _step_on(self, name: str, samples: Sequence[Sample]) -> Pass:
-        """Make one optimizer step on given micro-batches, with their random numbers if they have been used."""
+    def _step_on(self, name: str, samples: Sequence[Sample]) -> tuple[dict[str, Any], BaseException | None]:
+        """Make one optimizer step on given micro-batches, with their random numbers if they have been used.
+
+        Returns:
+            Loss and metrics, and Ctrl-C if it came when the step was made.
+        """
+        if self.plan[name].is_whole:
+            made = self._step_compiled(name, samples[0])
+            if made is not None:
+                return made
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
         gradients = self.total_gradient(name, run)
-        if name in self._histories:
+        if name in self.histories:
             indirect = self.layouts[name].split(run.slots[HYPERGRADIENT]) if HYPERGRADIENT in run.slots else None
             extra = (
                 None
                 if indirect is None
                 else [None if total is None else part for total, part in zip(gradients, indirect, strict=True)]
             )
-            self._histories[name].record(run.samples, extra)
+            self.histories[name].record(run.samples, extra)
         self.states[name].samples = run.samples
         with torch.no_grad():
             for live, value in run.result.buffers:
                 live.copy_(value)
         self._update(name, gradients)
-        return run
+        return {"loss": run.result.loss, **run.result.metrics}, None
+
+    def _step_compiled(self, name: str, sample: Sample) -> tuple[dict[str, Any], BaseException | None] | None:
+        """Make one step by its compiled graph; None if there is none, or if it failed and nothing was changed."""
+        derivatives = self._derive(name, sample.batch)
+        compiled = self.compiled_step(name, derivatives)
+        if compiled is None:
+            return None
+        with frozen_random_state(sample.random_state):
+            before = get_random_state(self.layouts[name].device) if derivatives.is_random else None
+            samples = (Sample(sample.batch, before),)
+            if name in self.histories:
+                self.histories[name].record(samples, None)
+            outcome = compiled.run([sample.batch], [compiled.settings()])
+            if outcome.num_steps == 0 and before is not None:
+                set_random_state(before)
+        if outcome.num_steps == 0:
+            if name in self.histories:
+                self.histories[name].rewind(1)
+            assert outcome.error is not None
+            if not isinstance(outcome.error, Exception):
+                raise outcome.error
+            compiled.give_up(str(outcome.error))
+            return None
+        self.states[name].samples = samples
+        scheduler = self.problems[name].scheduler
+        if scheduler is not None:
+            mark_stepped(self.problems[name].optimizer)
+            scheduler.step()
+        assert outcome.outputs is not None
+        return compiled.metrics(outcome.outputs), outcome.error
 
     def _begin_unrolls(self, name: str) -> None:
         """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
         for upper in self.plan.problems:
-            if name in upper.rolled_back and upper.name not in self._unrolls:
+            if name in upper.rolled_back and upper.name not in self.unrolls:
                 below = {lower: self.problems[lower] for lower in upper.rolled_back}
                 if all(self.states[lower].num_steps >= problem.warmup_steps for lower, problem in below.items()):
-                    self._unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
+                    self.unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
 
     def _open_unrolls(self, name: str) -> list[Unroll]:
-        return [self._unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self._unrolls]
+        return [self.unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self.unrolls]
 
     def evaluate(self, name: str, batches: Sequence[Batch] | None = None) -> Pass:
         """Run a problem's instructions at the present state, its update excepted; nothing is changed."""
@@ -279,7 +348,7 @@ class Executor:
         def scale(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             return scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
 
-        reversal = Reversal(problem, self.problems, self.layouts, self._histories[name], self, scale)
+        reversal = Reversal(problem, self.problems, self.layouts, self.histories[name], self, scale)
         return reversal.run(run.slots[instruction.rhs], [r for r, _ in instruction.targets], instruction.steps)
 
     def update_factor(self, name: str) -> torch.Tensor:
@@ -295,12 +364,12 @@ class Executor:
         """Return a problem's Hessian as an operator."""
         layout = self.layouts[name]
         dtype, device, product = layout.dtype, layout.device, linearization.hvp
+        native = linearization.native_hvp()
         if layout.tasks is None:
-            native = linearization.native_hvp()
             return FunctionOperator(
                 product, layout.size, rows=linearization.hvps, dtype=dtype, device=device, native=native
             )
-        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
+        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device, native=native)
 
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
@@ -384,6 +453,14 @@ class Executor:
         gradients = scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
         for parameter, gradient in zip(problem.trained_parameters().values(), gradients, strict=True):
             parameter.grad = gradient
+        self._set_hyperparameters(name)
+        problem.optimizer.step()
+        if problem.scheduler is not None:
+            problem.scheduler.step()
+
+    def _set_hyperparameters(self, name: str) -> None:
+        """Write learned settings into the optimizer's groups."""
+        problem = self.problems[name]
         with torch.no_grad():
             for given, group in zip(problem.hyperparameters_by_group(), problem.optimizer.param_groups, strict=True):
                 for key, value in given.items():
@@ -391,21 +468,3 @@ class Executor:
                         group[key].copy_(value)
                     else:
                         group[key] = float(value)
-        problem.optimizer.step()
-        if problem.scheduler is not None:
-            problem.scheduler.step()
-
-
-def scale_gradients(
-    gradients: list[torch.Tensor | None], clip_norm: float | None, *, normalize: bool
-) -> list[torch.Tensor | None]:
-    """Clip gradients to a common norm, or scale them to it; nothing waits for the device."""
-    present = [g for g in gradients if g is not None]
-    if not present or (clip_norm is None and not normalize):
-        return gradients
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
-    target = 1.0 if clip_norm is None else clip_norm
-    factor = target / torch.where(norm > 0, norm, 1)
-    if not normalize:
-        factor = factor.clamp(max=1)
-    return [None if g is None else g * factor.to(g.dtype) for g in gradients]

@@ -10,7 +10,17 @@ from torch import fx
 from mlopt import ops
 from mlopt.autodiff import FlatLayout
 from mlopt.graph import Graph
-from mlopt.planner import ExecutionPlan, Gradient, Instruction, Linearize, MixedProduct, ReverseSteps, Solve, Update
+from mlopt.planner import (
+    ExecutionPlan,
+    Gradient,
+    Instruction,
+    Linearize,
+    MixedProduct,
+    ProblemPlan,
+    ReverseSteps,
+    Solve,
+    Update,
+)
 from mlopt.runtime.derivatives import GraphDerivatives
 
 
@@ -26,6 +36,7 @@ class CompileReport:
         residuals: Problem -> how many values the primal half hands to the tangent halves.
         islands: Problem -> why it runs by plain autograd.
         unverified: Problem -> why its derivatives were not compared with plain autograd.
+        eager_updates: Problem -> why its optimizer steps by itself, where one graph could have made the whole step.
     """
 
     backend: str
@@ -37,6 +48,7 @@ class CompileReport:
     residuals: dict[str, int] = dataclasses.field(default_factory=dict)
     islands: dict[str, str] = dataclasses.field(default_factory=dict)
     unverified: dict[str, str] = dataclasses.field(default_factory=dict)
+    eager_updates: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, derivatives: GraphDerivatives) -> None:
         """Record the graphs of one capture of a problem."""
@@ -69,6 +81,7 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
         for i, instruction in enumerate(p.instructions, 1):
             cost = _cost(instruction, program)
             lines.append(f"  {i}. {instruction}{f'   [{cost}]' if cost else ''}")
+        lines += _step_lines(p, graph, report)
         lines.append("")
     lines.append("captured graphs (number of calls)")
     rows = []
@@ -87,6 +100,22 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
     lines += [f"not verified: {name}: {reason}" for name, reason in report.unverified.items()]
     lines.append("compile time: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()))
     return "\n".join(lines)
+
+
+def _step_lines(p: ProblemPlan, graph: Graph, report: CompileReport) -> list[str]:
+    """Say whether a step is one compiled graph, and whether several run in one native loop."""
+    steps = [d.step for d in report.graphs.get(p.name, []) if d.step is not None and d.step.is_used()]
+    if not steps:
+        given_up = [d.step.given_up for d in report.graphs.get(p.name, []) if d.step is not None and d.step.given_up]
+        reason = report.eager_updates.get(p.name, "".join(given_up[:1]))
+        return [f"  the optimizer steps by itself: {reason}"] if reason else []
+    optimizer = type(graph.problems[p.name].optimizer).__name__
+    lines = [f"  one graph makes this step: loss, backward and the update of {optimizer}"]
+    if p.runs_ahead and all(step.can_repeat for step in steps):
+        uppers = [q for q in graph.problems if p.name in graph.lowers(q)]
+        most = f"up to {graph.problems[p.name].unroll_steps} of them, " if uppers else "many of them, "
+        lines.append(f"  {most}with nothing due in between, run as one native loop (Plan.run, Engine)")
+    return lines
 
 
 def _lowering_lines(report: CompileReport) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from mlopt.drawing import write_svg
 from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan
 from mlopt.problem import Problem
+from mlopt.runtime.ahead import AheadRunner
 from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
+from mlopt.runtime.plan_state import restore, state_of
 
 StepResult = dict[str, dict[str, Any]]
 
@@ -42,6 +45,7 @@ class Plan:
         self.program = program
         self.num_steps = 0
         self._executor = executor
+        self._ahead = AheadRunner(executor)
         self._report = report
         self._reference = reference
 
@@ -56,15 +60,13 @@ class Plan:
             DataError: A problem's data ran out or changed its structure beyond what can be read.
             CaptureError: A batch of a new shape or structure made a new capture necessary, and that failed.
         """
-        results: StepResult = {}
-        for name in self.graph.problems:
-            if self._executor.is_due(name):
-                results[name] = self._executor.step(name)
-        self.num_steps += 1
-        return results
+        return self._advance(1)
 
     def run(self, num_steps: int) -> StepResult:
-        """Make several global steps.
+        """Make several global steps; what they do is what as many calls of `step` do.
+
+        Where nothing else is due for a while, the steps of a lowest problem run as one native loop (`explain` says
+        which problems can). After Ctrl-C or an error in it, every problem is as its last whole step left it.
 
         Args:
             num_steps: How many, at least 0.
@@ -73,9 +75,43 @@ class Plan:
             The latest result of every problem that stepped.
         """
         latest: StepResult = {}
-        for _ in range(num_steps):
-            latest.update(self.step())
+        while num_steps > 0:
+            count = self._ahead.steps_until_due(num_steps)
+            latest.update(self._advance(count))
+            num_steps -= count
         return latest
+
+    def _advance(self, count: int) -> StepResult:
+        """Make global steps, of which only the last may have other than lowest problems due."""
+        executor = self._executor
+        if count > 1:
+            lowest = [p.name for p in self.program.problems if not p.lowers]
+            before = {name: executor.states[name].num_steps for name in lowest}
+            try:
+                results = {name: self._ahead.steps(name, count) for name in lowest}
+            except BaseException:
+                self.num_steps += min(executor.states[name].num_steps - before[name] for name in lowest)
+                raise
+        else:
+            lowest, results = [], {}
+        for name in self.graph.problems:
+            if name not in lowest and executor.is_due(name):
+                results[name] = executor.step(name)
+        self.num_steps += count
+        return results
+
+    @property
+    def keep_gradients(self) -> bool:
+        """Whether every step leaves its gradient in ``.grad``, for code that looks at it; False at first.
+
+        A step that is one compiled graph never has the gradient as a tensor and leaves None. True makes all steps by
+        ``optimizer.step()`` on a gradient in ``.grad``. So does a hook on the optimizer, by itself.
+        """
+        return self._executor.keep_gradients
+
+    @keep_gradients.setter
+    def keep_gradients(self, value: bool) -> None:
+        self._executor.keep_gradients = value
 
     def hypergradient(self, problem: str | Problem, *, batch: Any = None) -> dict[str, torch.Tensor]:
         """Return the total gradient of a problem's loss at the present state; nothing is stepped or moved.
@@ -120,6 +156,45 @@ class Plan:
             The report; print it.
         """
         return check(self.graph, self._executor, self._reference)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy everything that continuing bit for bit needs.
+
+        Of every problem: parameters and buffers, the ``state_dict`` of optimizer and scheduler, its counters, the
+        micro-batches of its last step with their random numbers, and its position in the data. Of the plan: the
+        solvers' warm starts, the steps that `Unroll` and roll-back keep, and the state of the global random generators
+        (torch's, Python's, NumPy's).
+
+        The position in the data is where the present pass over a loader began (the generators then, and the number of
+        batches taken since) and the batches that were fetched and not yet used. It holds for what yields the same
+        batches from the same generators: lists, and a `DataLoader` with any number of workers over data that is read by
+        index. A loader with a ``state_dict`` of its own is asked for that. Whatever else a loader remembers between two
+        passes is not in there; neither are the modules' training mode and plain attributes of the user's objects.
+
+        Returns:
+            Dicts, lists, tensors and numbers, for ``torch.save`` and ``torch.load(..., weights_only=True)``. A copy:
+            later steps do not change it.
+
+        Raises:
+            DataError: A batch holds a container that cannot be made plain data.
+        """
+        return state_of(self._executor, self.num_steps)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the plan and the user's live objects into a state that `state_dict` returned.
+
+        The steps that follow are bit for bit those that followed ``state_dict()``, with the same data, number of
+        threads and backend. The objects stay the same objects. Going to the position in the data fetches the batches
+        of the present pass again.
+
+        Args:
+            state: From this plan or from one of an equal program, also of another process.
+
+        Raises:
+            StateError: The state is that of another program; names the problem and the tensor.
+            DataError: The data is not that of which the position is.
+        """
+        self.num_steps = restore(self._executor, state)
 
     def explain(self) -> str:
         """Describe the program: problems, edges, what a step of each problem runs, what it costs, what was compiled."""

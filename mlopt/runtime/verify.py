@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Largest relative difference ||a - b|| / ||b|| of two evaluations that needs no further look. Well below what a mistake
 # in a formula does, and in float64 well above what reordered sums do.
-_TOLERANCES = {
+TOLERANCES = {
     torch.float64: 1e-8,
     torch.float32: 1e-4,
     torch.float16: 3e-2,
@@ -75,7 +75,7 @@ def find_disagreement(
     Returns:
         None if they agree, else one line that names the derivative and the difference.
     """
-    tolerance = max(_TOLERANCES.get(d, 1e-8) for d in layout.dtypes)
+    tolerance = max(TOLERANCES.get(d, 1e-8) for d in layout.dtypes)
     state = get_random_state(layout.device)
     with frozen_random_state(state):
         got = _evaluate(compiled, problem, batch, layout, needs)

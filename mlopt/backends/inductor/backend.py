@@ -63,6 +63,7 @@ class InductorBackend(AbstractBackend):
     """
 
     name = "inductor"
+    compiles = True
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None, *, measure: bool = False) -> None:
         self._cache = DiskCache(cache_dir)
