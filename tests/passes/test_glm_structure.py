@@ -7,7 +7,6 @@ from torch import nn
 
 import mlopt
 from mlopt.passes import GlmRowKind, find_glm
-from  import bind_inputs
 
 N, D, C = 11, 6, 3
 
@@ -267,7 +266,7 @@ def operator_and_graph(found):
     linearization = found.graphs.linearization
     batch = found.batch
     torch.manual_seed(5)
-    residuals = linearization.primal(*bind_inputs(found.graphs.loss, batch))
+    residuals = linearization.primal(*found.graphs.loss.bind(batch.tensors))
     structure = find_glm(linearization.hvp)
     extension = pytest.importorskip("mlopt._C")
     operator = extension.GlmOperator(

@@ -18,7 +18,7 @@ from mlopt.backends.native.skinny import SkinnyGraph, lower_skinny_products
 from mlopt.passes import find_glm
 
 # Raised when choices of an older mlopt must not be used any more: the kernels have changed.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class NativeBackend(AbstractBackend):

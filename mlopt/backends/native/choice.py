@@ -38,12 +38,14 @@ class Choice:
         """Take the second way from now on, for a reason that holds in this process."""
         self.first, self.figures = False, reason
 
-    def measure(self, first: Callable[[], Any], second: Callable[[], Any], device: torch.device) -> bool:
+    def measure(
+        self, first: Callable[[], Any], second: Callable[[], Any], device: torch.device, what: str = "a call"
+    ) -> bool:
         """Call both a few times; return whether the first is faster."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # measuring draws no numbers
             times = [least_time(function, (), device) for function in (first, second)]
         self.first = times[0] < times[1]
         a, b = self._names
-        self.figures = f"a call: {times[0] * 1e6:,.0f} us {a}, {times[1] * 1e6:,.0f} us {b}"
+        self.figures = f"{what}: {times[0] * 1e6:,.0f} us {a}, {times[1] * 1e6:,.0f} us {b}"
         self._cache.put_choice(self._key, self._names[not self.first], self.figures)
         return self.first
