@@ -110,6 +110,8 @@ class Executor:
 
     Attributes:
         keep_gradients: See `Plan.keep_gradients`.
+        histories: Of problems whose steps are differentiated, the last of these.
+        unrolls: Of problems that roll the ones below them back, the steps below since their last one.
     """
 
     def __init__(
@@ -132,8 +134,8 @@ class Executor:
         self.check = StepCheck(plan, problems)
         self._derive = derive
         self._quiet = quiet
-        self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
-        self._histories = {
+        self.unrolls: dict[str, Unroll] = {}
+        self.histories = {
             i.problem: History(
                 problems[i.problem], [problems[r] for r in (seen or {}).get(i.problem, plan[i.problem].reads)], i.steps
             )
@@ -188,13 +190,13 @@ class Executor:
         if not made.left_out:
             for unroll in self._open_unrolls(name):
                 unroll.steps.append((name, state.samples))
-        unroll_below = self._unrolls.pop(name, None)
+        unroll_below = self.unrolls.pop(name, None)
         interrupt = made.interrupt
         if unroll_below is not None and not made.left_out:
             unroll_below.restore()
             for lower, count in collections.Counter(n for n, _ in unroll_below.steps).items():
-                if lower in self._histories:
-                    self._histories[lower].rewind(count)
+                if lower in self.histories:
+                    self.histories[lower].rewind(count)
             for lower, samples in unroll_below.steps:
                 interrupt = self._step_on(lower, samples).interrupt or interrupt
         if interrupt is not None:
@@ -214,14 +216,14 @@ class Executor:
         if not self.check.passes(name, run, gradients):
             self.guesses = {key: guess for key, guess in self.guesses.items() if key[0] != name}
             return Made(results, left_out=True)
-        if name in self._histories:
+        if name in self.histories:
             indirect = self.layouts[name].split(run.slots[HYPERGRADIENT]) if HYPERGRADIENT in run.slots else None
             extra = (
                 None
                 if indirect is None
                 else [None if total is None else part for total, part in zip(gradients, indirect, strict=True)]
             )
-            self._histories[name].record(run.samples, extra)
+            self.histories[name].record(run.samples, extra)
         self.states[name].samples = run.samples
         with torch.no_grad():
             for live, value in run.result.buffers:
@@ -238,15 +240,15 @@ class Executor:
         with frozen_random_state(sample.random_state):
             before = get_random_state(self.layouts[name].device) if derivatives.is_random else None
             samples = (Sample(sample.batch, before),)
-            if name in self._histories:
-                self._histories[name].record(samples, None)
+            if name in self.histories:
+                self.histories[name].record(samples, None)
             guard = self.check.guard
             outcome = compiled.run([sample.batch], [compiled.settings()], finite_only=guard is not None)
             if outcome.num_steps == 0 and before is not None:
                 set_random_state(before)
         if outcome.num_steps == 0:
-            if name in self._histories:
-                self._histories[name].rewind(1)
+            if name in self.histories:
+                self.histories[name].rewind(1)
             if outcome.error is None:
                 return None  # not finite: the step by itself will tell where it begins
             if not isinstance(outcome.error, Exception):
@@ -267,14 +269,14 @@ class Executor:
         """Copy what steps change; return a function that puts it back. Counters and batches go on."""
         copies = [Snapshot(problem) for problem in self.problems.values()]
         guesses = dict(self.guesses)
-        ends = {name: history.end for name, history in self._histories.items()}
+        ends = {name: history.end for name, history in self.histories.items()}
 
         def restore() -> None:
             for copy in copies:
                 copy.restore()
             self.guesses = dict(guesses)
-            self._unrolls.clear()
-            for name, history in self._histories.items():
+            self.unrolls.clear()
+            for name, history in self.histories.items():
                 history.rewind(history.end - ends[name])
 
         return restore
@@ -290,19 +292,19 @@ class Executor:
             return
         if "on_inner_loop_start" in problem.step_hooks():
             problem.on_inner_loop_start()
-            if name in self._histories:
-                self._histories[name].begin()
+            if name in self.histories:
+                self.histories[name].begin()
 
     def _begin_unrolls(self, name: str) -> None:
         """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
         for upper in self.plan.problems:
-            if name in upper.rolled_back and upper.name not in self._unrolls:
+            if name in upper.rolled_back and upper.name not in self.unrolls:
                 below = {lower: self.problems[lower] for lower in upper.rolled_back}
                 if all(self.states[lower].num_steps >= problem.warmup_steps for lower, problem in below.items()):
-                    self._unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
+                    self.unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
 
     def _open_unrolls(self, name: str) -> list[Unroll]:
-        return [self._unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self._unrolls]
+        return [self.unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self.unrolls]
 
     def evaluate(self, name: str, batches: Sequence[Batch] | None = None) -> Pass:
         """Run a problem's instructions at the present state, its update excepted; nothing is changed."""
@@ -403,7 +405,7 @@ class Executor:
         def scale(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             return scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
 
-        reversal = Reversal(problem, self.problems, self.layouts, self._histories[name], self, scale)
+        reversal = Reversal(problem, self.problems, self.layouts, self.histories[name], self, scale)
         return reversal.run(run.slots[instruction.rhs], [r for r, _ in instruction.targets], instruction.steps)
 
     def update_factor(self, name: str) -> torch.Tensor:

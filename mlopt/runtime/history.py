@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +132,62 @@ class History:
             [p.detach().clone() for p in trained],
             OptimizerState.of(self._problem.optimizer, trained),
             {id(b): b.detach().clone() for b in self._problem.module.buffers()},
+        )
+
+    def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """Return everything that is kept as plain data.
+
+        Args:
+            names: ``id`` of a live parameter or buffer -> its name.
+        """
+
+        def named(values: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {names[key]: value for key, value in values.items()}
+
+        return {
+            "first": self._first,
+            "records": [
+                {
+                    "samples": [s.pack() for s in r.samples],
+                    "settings": r.settings,
+                    "reads": named(r.reads),
+                    "extra": r.extra,
+                }
+                for r in self._records
+            ],
+            "checkpoints": [
+                {
+                    "step": step,
+                    "parameters": state.parameters,
+                    "optimizer": vars(state.optimizer),
+                    "buffers": named(state.buffers),
+                }
+                for step, state in self._checkpoints
+            ],
+        }
+
+    def load_state_dict(
+        self, state: dict[str, Any], ids: Mapping[str, int], sample: Callable[[dict[str, Any]], Sample]
+    ) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            state: The plain data.
+            ids: Name of a live parameter or buffer -> its ``id``.
+            sample: Unpacks a micro-batch.
+        """
+
+        def live(values: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+            return {ids[name]: value for name, value in values.items()}
+
+        self._first, self._values = state["first"], {}
+        self._records = collections.deque(
+            StepRecord(tuple(sample(s) for s in r["samples"]), r["settings"], live(r["reads"]), r["extra"])
+            for r in state["records"]
+        )
+        self._checkpoints = collections.deque(
+            (c["step"], State(c["parameters"], OptimizerState(**c["optimizer"]), live(c["buffers"])))
+            for c in state["checkpoints"]
         )
 
     def _present_reads(self) -> dict[int, torch.Tensor]:

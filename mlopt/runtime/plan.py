@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 from mlopt.runtime.finite import NonFiniteGuard
+from mlopt.runtime.plan_state import restore, state_of
 
 StepResult = dict[str, dict[str, Any]]
 
@@ -168,6 +170,45 @@ class Plan:
             The report; print it.
         """
         return check(self.graph, self._executor, self._reference)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy everything that continuing bit for bit needs.
+
+        Of every problem: parameters and buffers, the ``state_dict`` of optimizer and scheduler, its counters, the
+        micro-batches of its last step with their random numbers, and its position in the data. Of the plan: the
+        solvers' warm starts, the steps that `Unroll` and roll-back keep, and the state of the global random generators
+        (torch's, Python's, NumPy's).
+
+        The position in the data is where the present pass over a loader began (the generators then, and the number of
+        batches taken since) and the batches that were fetched and not yet used. It holds for what yields the same
+        batches from the same generators: lists, and a `DataLoader` with any number of workers over data that is read by
+        index. A loader with a ``state_dict`` of its own is asked for that. Whatever else a loader remembers between two
+        passes is not in there; neither are the modules' training mode and plain attributes of the user's objects.
+
+        Returns:
+            Dicts, lists, tensors and numbers, for ``torch.save`` and ``torch.load(..., weights_only=True)``. A copy:
+            later steps do not change it.
+
+        Raises:
+            DataError: A batch holds a container that cannot be made plain data.
+        """
+        return state_of(self._executor, self.num_steps)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the plan and the user's live objects into a state that `state_dict` returned.
+
+        The steps that follow are bit for bit those that followed ``state_dict()``, with the same data, number of
+        threads and backend. The objects stay the same objects. Going to the position in the data fetches the batches
+        of the present pass again.
+
+        Args:
+            state: From this plan or from one of an equal program, also of another process.
+
+        Raises:
+            StateError: The state is that of another program; names the problem and the tensor.
+            DataError: The data is not that of which the position is.
+        """
+        self.num_steps = restore(self._executor, state)
 
     def explain(self) -> str:
         """Describe the program: problems, edges, what a step of each problem runs, what it costs, what was compiled."""
