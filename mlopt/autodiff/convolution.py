@@ -35,12 +35,21 @@ def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         settings: Stride, padding, dilation, transposed, output padding, groups, and whether float32 images may be put
             into channels-last order.
     """
+    x, weight, bias = _cast(x), _cast(weight), None if bias is None else _cast(bias)
     if x.ndim == weight.ndim - 1:
         return convolution(x[None], weight, bias, *settings)[0]
     *settings_, reorder = settings
     reorder = reorder and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4
     y = _convolve(x, weight, settings_, reorder)
     return y if bias is None else y + bias.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def _cast(tensor: torch.Tensor) -> torch.Tensor:
+    """Do what autocast does to an argument of a convolution; it does not look into Functions."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor
 
 
 # The order is changed out here: what `forward` made of its inputs would be saved without their history.

@@ -90,7 +90,7 @@ def test_clipping_follows_the_gradient_hook():
 
 
 def test_inner_loops_start_after_the_warm_up():
-    plan, lower, upper = compiled(Logged)
+    plan, lower, _upper = compiled(Logged)
     lower.warmup_steps = 2
     plan.run(2 + 2 * U)
     # The warm-up steps belong to the first inner loop.

@@ -32,8 +32,8 @@ def count_runs(monkeypatch, plan, name="net"):
     step, runs = compiled_step(plan, name), []
     run = type(step).run
 
-    def counted(self, given, schedule):
-        outcome = run(self, given, schedule)
+    def counted(self, given, schedule, **options):
+        outcome = run(self, given, schedule, **options)
         if self is step:
             runs.append(outcome.num_steps)
         return outcome
