@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from mlopt.autodiff import FlatLayout, TaskAxis, present_gradients, step_graph
+from mlopt.autodiff import FlatLayout, Recompute, SplitPolicy, TaskAxis, present_gradients, step_graph
 from mlopt.backends import AbstractBackend, EagerBackend
 from mlopt.capture import LossGraph, ReadAttribute, capture_loss, capture_update, warmed_twin
 from mlopt.capture.tasks import showing_task
@@ -64,11 +64,21 @@ class Compiler:
     one with new sizes reuses a graph whose shape guards accept it; only then is the loss captured again.
     """
 
-    def __init__(self, graph: Graph, backend: AbstractBackend, *, verify: bool, strict: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        backend: AbstractBackend,
+        *,
+        verify: bool,
+        strict: bool,
+        residual_budget: int | None = None,
+    ) -> None:
         self.graph = graph
         self.backend = backend
         self.verify = verify
         self.strict = strict
+        # Where every operation is a call of its own, nothing is computed again for free.
+        self.split = SplitPolicy(Recompute.POINTWISE if backend.compiles else Recompute.NOTHING, residual_budget)
         self.layouts = {n: FlatLayout.of(n, p.trained_parameters(), p.tasks) for n, p in graph.problems.items()}
         check_devices(self.layouts)
         self.streams = {name: BatchStream(problem) for name, problem in graph.problems.items()}
@@ -200,14 +210,14 @@ class Compiler:
     def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
         axis = self.axes[loss.problem]
         try:
-            return differentiate(loss, batch, self.layouts, needs, axis)
+            return differentiate(loss, batch, self.layouts, needs, axis, self.split)
         except LossError:  # a loss that the estimator cannot be used with
             raise
         except Exception:
             logger.debug("differentiating %s with free sizes failed; trying fixed ones", loss.problem, exc_info=True)
         try:  # some operations (recurrent ones on the CPU) have no derivative for symbolic sizes
             fixed = dataclasses.replace(loss, dynamic_dims=tuple(frozenset[int]() for _ in loss.inputs))
-            return differentiate(fixed, batch, self.layouts, needs, axis)
+            return differentiate(fixed, batch, self.layouts, needs, axis, self.split)
         except Exception as error:
             reason = (
                 f"problem {loss.problem!r}: its loss was captured but could not be differentiated as a graph\n"

@@ -11,6 +11,7 @@ from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_g
 from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
+from mlopt.autodiff.recompute import Recompute, SplitPolicy
 from mlopt.autodiff.scaling import scale_gradients
 from mlopt.autodiff.step import StepGraph, present_gradients, step_graph
 from mlopt.autodiff.tasks import (
@@ -27,6 +28,8 @@ __all__ = [
     "GradientGraph",
     "LinearizationGraphs",
     "ReadGradientGraph",
+    "Recompute",
+    "SplitPolicy",
     "StepGraph",
     "TaskAxis",
     "TracedGraph",

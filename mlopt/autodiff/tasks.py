@@ -120,7 +120,10 @@ def linearization_over_tasks(
     if graphs.mixed is not None:
         combines = [axis.combine_for(r) for r in graphs.targets]
         mixed = _over_tasks(graphs.mixed, [*residuals, own], dims, combines).module
-    return dataclasses.replace(graphs, traced=primal, primal=primal.module, hvp=hvp, mixed=mixed)
+    num_bytes = graphs.residual_bytes * axis.num_tasks
+    return dataclasses.replace(
+        graphs, traced=primal, primal=primal.module, hvp=hvp, mixed=mixed, residual_bytes=num_bytes
+    )
 
 
 def _over_tasks(

@@ -21,6 +21,7 @@ from mlopt.autodiff import (
     GradientGraph,
     LinearizationGraphs,
     ReadGradientGraph,
+    SplitPolicy,
     StepGraph,
     TaskAxis,
     draws_random,
@@ -207,6 +208,7 @@ def differentiate(
     layouts: Mapping[str, FlatLayout],
     needs: ProductNeeds,
     axis: TaskAxis | None = None,
+    split: SplitPolicy = SplitPolicy(),  # noqa: B008 - it is immutable
 ) -> DerivativeGraphs:
     """Build the graphs of the derivatives that the program needs.
 
@@ -216,17 +218,20 @@ def differentiate(
         layouts: Flat layouts of all problems by name.
         needs: The derivatives that are used.
         axis: The loss's task axis, if it has one.
+        split: How second-order products are split into halves.
     """
     loss = dataclasses.replace(loss, module=replace_layers(loss.module))
     whole = inputs = loss.bind(batch.tensors)
     if axis is not None:
+        if split.budget is not None:
+            split = dataclasses.replace(split, budget=split.budget // axis.num_tasks)
         dims = axis.input_dims(loss)
         inputs = [t if d is None else t[0] for t, d in zip(whole, dims, strict=True)]
     single = {name: layout.of_one_task for name, layout in layouts.items()}
     linearization = read_gradient = None
     if needs.hvp or needs.mixed:
         linearization = linearization_graphs(
-            loss, inputs, single, hvp=needs.hvp, targets=needs.mixed, curvature=needs.curvature
+            loss, inputs, single, hvp=needs.hvp, targets=needs.mixed, curvature=needs.curvature, split=split
         )
     if needs.read_gradients:
         read_gradient = read_gradient_graph(loss, inputs, single, needs.read_gradients)
