@@ -12,6 +12,7 @@ from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
 from mlopt.autodiff.recompute import Recompute, SplitPolicy
+from mlopt.autodiff.rows import fits
 from mlopt.autodiff.scaling import scale_gradients
 from mlopt.autodiff.step import StepGraph, present_gradients, step_graph
 from mlopt.autodiff.tasks import (
@@ -34,6 +35,7 @@ __all__ = [
     "TaskAxis",
     "TracedGraph",
     "draws_random",
+    "fits",
     "gradient_graph",
     "gradient_over_tasks",
     "linearization_graphs",

@@ -23,6 +23,7 @@ from mlopt.autodiff.gradient import prepare, read_parameters
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.loss_scale import evaluate, scaled, unit_length, unscaled
 from mlopt.autodiff.recompute import SplitPolicy, choose_residuals, count_recomputed, total_bytes
+from mlopt.autodiff.rows import over_rows
 from mlopt.autodiff.split import dependents, residuals_of
 from mlopt.autodiff.trace import Outputs, TracedGraph, trace
 from mlopt.capture.record import InputRole, LossGraph
@@ -38,6 +39,7 @@ class LinearizationGraphs:
         traced: The whole product before the cut; its `guard` tells for which shapes the halves hold.
         primal: ``(loss inputs) -> residuals``.
         hvp: ``(residuals, v [N]) -> (H v [N],)`` (or G v, if so asked), or None if not asked for.
+        hvps: ``(residuals, rows [K, N]) -> (H v of each row [K, N],)``, or None.
         mixed: ``(residuals, q [N]) -> (one flat vector [N_r] per target)``, or None if there is no target.
         targets: The problems that `mixed` returns products for, in output order.
         num_residuals: How many values the primal half hands over.
@@ -48,6 +50,7 @@ class LinearizationGraphs:
     traced: TracedGraph
     primal: fx.GraphModule
     hvp: fx.GraphModule | None
+    hvps: fx.GraphModule | None
     mixed: fx.GraphModule | None
     targets: tuple[str, ...]
     num_residuals: int
@@ -63,6 +66,7 @@ def linearization_graphs(
     hvp: bool,
     targets: Sequence[str],
     curvature: str = "hessian",
+    hvps_at_once: int = 0,
     split: SplitPolicy = SplitPolicy(),  # noqa: B008 - it is immutable
 ) -> LinearizationGraphs:
     """Build the second-order products of a loss.
@@ -79,6 +83,8 @@ def linearization_graphs(
         targets: The problems r whose mixed products are wanted.
         curvature: ``"hessian"``, or ``"ggn"`` to have generalized Gauss-Newton products in place of `H v`; mixed
             products are exact with both. See `mlopt.autodiff.gauss_newton`.
+        hvps_at_once: K, for the graph of K products at once; 0 for none. There is none either where a kernel may take
+            over, or an operation cannot be batched.
         split: What the halves prefer: fewer residuals, or fewer operations.
 
     Returns:
@@ -141,10 +147,12 @@ def linearization_graphs(
     function = compute_gauss_newton if hvp and curvature == "ggn" else compute
     traced = trace(function, [*inputs, example], dynamic_dims, loss.positions(InputRole.BATCH))
     run_default_passes(traced.module)
-    return _cut(traced, split, hvp=hvp, targets=tuple(targets))
+    return _cut(traced, split, hvp=hvp, hvps_at_once=hvps_at_once, targets=tuple(targets))
 
 
-def _cut(traced: TracedGraph, split: SplitPolicy, *, hvp: bool, targets: tuple[str, ...]) -> LinearizationGraphs:
+def _cut(
+    traced: TracedGraph, split: SplitPolicy, *, hvp: bool, hvps_at_once: int, targets: tuple[str, ...]
+) -> LinearizationGraphs:
     graph = traced.module.graph
     *inputs, vector = [n for n in graph.nodes if n.op == "placeholder"]
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]
@@ -163,6 +171,7 @@ def _cut(traced: TracedGraph, split: SplitPolicy, *, hvp: bool, targets: tuple[s
         traced,
         primal,
         halves["hvp"],
+        over_rows(halves["hvp"], hvps_at_once) if halves["hvp"] is not None and hvps_at_once and not kernel else None,
         halves["mixed"],
         targets,
         len(residuals),

@@ -22,6 +22,7 @@ class ProductNeeds:
         mixed: Targets of exact mixed products.
         read_gradients: Targets of mixed products by finite differences.
         curvature: What the Hessian products are products with; see `AbstractEstimator.curvature`.
+        hvps_at_once: How many Hessian products are made by one call; 0 if all are made one by one.
     """
 
     cotangents: tuple[str, ...] = ()
@@ -29,6 +30,7 @@ class ProductNeeds:
     mixed: tuple[str, ...] = ()
     read_gradients: tuple[str, ...] = ()
     curvature: str = "hessian"
+    hvps_at_once: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +144,15 @@ def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
     cotangents: list[str] = []
     mixed: list[str] = []
     read_gradients: list[str] = []
-    hvp, curvature = False, "hessian"
+    hvp, curvature, at_once = False, "hessian", 0
+    size = next(p.size for p in problems if p.name == name)
     for instruction in (i for p in problems for i in p.instructions if i.problem == name):
         if isinstance(instruction, Gradient):
             cotangents += [r for r, _ in instruction.cotangents]
         elif isinstance(instruction, Solve):
             if instruction.estimator.uses_hvp:
                 hvp, curvature = True, instruction.estimator.curvature
+                at_once = max(at_once, instruction.estimator.hvps_at_once(size))
         elif isinstance(instruction, ReverseSteps):
             hvp = True
             mixed += [r for r, _ in instruction.targets]
@@ -160,4 +164,5 @@ def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
         tuple(dict.fromkeys(mixed)),
         tuple(dict.fromkeys(read_gradients)),
         curvature,
+        at_once,
     )

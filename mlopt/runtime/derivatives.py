@@ -25,6 +25,7 @@ from mlopt.autodiff import (
     StepGraph,
     TaskAxis,
     draws_random,
+    fits,
     gradient_graph,
     gradient_over_tasks,
     linearization_graphs,
@@ -193,6 +194,8 @@ class DerivativeGraphs:
             found["primal"] = self.linearization.primal
             if self.linearization.hvp is not None:
                 found["hvp"] = self.linearization.hvp
+            if self.linearization.hvps is not None:
+                found["hvps"] = self.linearization.hvps
             if self.linearization.mixed is not None:
                 found["mixed"] = self.linearization.mixed
         if self.read_gradient is not None:
@@ -231,7 +234,14 @@ def differentiate(
     linearization = read_gradient = None
     if needs.hvp or needs.mixed:
         linearization = linearization_graphs(
-            loss, inputs, single, hvp=needs.hvp, targets=needs.mixed, curvature=needs.curvature, split=split
+            loss,
+            inputs,
+            single,
+            hvp=needs.hvp,
+            targets=needs.mixed,
+            curvature=needs.curvature,
+            hvps_at_once=0 if axis else needs.hvps_at_once,
+            split=split,
         )
     if needs.read_gradients:
         read_gradient = read_gradient_graph(loss, inputs, single, needs.read_gradients)
@@ -320,6 +330,7 @@ class _GraphLinearization(AbstractLinearization):
         self._call = call
         self._targets = graphs.targets
         self._hvp_graph = graphs.hvp
+        self._hvps_graph = graphs.hvps
 
     @functools.cached_property
     def _operator(self) -> Any:
@@ -334,6 +345,14 @@ class _GraphLinearization(AbstractLinearization):
         operator = self._operator if call.is_kernel else None
         return operator if call.is_kernel else None  # it may have measured, and decided otherwise
 
+    @functools.cached_property
+    def _rows_at_once(self) -> int:
+        """How many products the graph of several makes; 0 if there is none for these sizes."""
+        if self._hvps_graph is None or not fits(self._hvps_graph, self._residuals):
+            return 0
+        *_, rows = (n for n in self._hvps_graph.graph.nodes if n.op == "placeholder")
+        return int(rows.meta["val"].shape[0])
+
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
         if self._kernel is not None:
             return self._kernel.apply(vector) if vector.ndim == 1 else self._kernel.apply_rows(vector)
@@ -343,6 +362,14 @@ class _GraphLinearization(AbstractLinearization):
     def hvps(self, rows: torch.Tensor) -> torch.Tensor:
         if self._kernel is not None:
             return self._kernel.apply_rows(rows)
+        if self._rows_at_once:
+            num = self._rows_at_once
+            parts = []
+            for part in rows.split(num):
+                padded = part if len(part) == num else torch.cat([part, part.new_zeros(num - len(part), part.shape[1])])
+                (products,) = self._call["hvps"](*self._residuals, padded)
+                parts.append(products[: len(part)])
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         # vmap needs torch operations, so it takes the graph itself whatever the backend made of it.
         graph = self._hvp_graph
         assert graph is not None

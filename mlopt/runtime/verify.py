@@ -215,6 +215,9 @@ def _products(
                 f"{'Gauss-Newton' if needs.curvature == 'ggn' else 'Hessian'}-vector product",
                 linearization.hvp(vector),
             )
+            if needs.hvps_at_once and vector.ndim == 1:
+                rows = torch.stack([vector, vector.flip(0)])
+                yield "Hessian-vector products at once", linearization.hvps(rows)
         if needs.mixed:
             for name, value in linearization.mixed(vector).items():
                 yield f"mixed product with {name!r}", value
