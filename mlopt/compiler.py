@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from mlopt.autodiff import FlatLayout, Recompute, SplitPolicy, TaskAxis, present_gradients, step_graph
+from mlopt.autodiff import FlatLayout, Recompute, SplitPolicy, TaskAxis
 from mlopt.backends import AbstractBackend, EagerBackend
-from mlopt.capture import LossGraph, ReadAttribute, capture_loss, capture_update, warmed_twin
+from mlopt.capture import LossGraph, ReadAttribute, capture_loss
 from mlopt.capture.tasks import showing_task
 from mlopt.checks import all_reads, check_devices, check_estimators, warn_about_unreached
 from mlopt.errors import (
@@ -25,7 +25,6 @@ from mlopt.errors import (
     IslandWarning,
     LossError,
     MloptError,
-    UpdateError,
     VerificationError,
     VerificationWarning,
 )
@@ -40,6 +39,7 @@ from mlopt.runtime.reference_tasks import TaskAutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
 from mlopt.runtime.verify_step import find_step_disagreement
+from mlopt.runtime.whole_step import add_step
 
 logger = logging.getLogger(__name__)
 
@@ -178,34 +178,13 @@ class Compiler:
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
         if isinstance(graphs, DerivativeGraphs) and self.backend.compiles and self.program[name].is_whole:
-            graphs = self._with_step(graphs)
+            joined = add_step(graphs, self.graph.problems[name], self.layouts[name])
+            if isinstance(joined, str):
+                self.report.eager_updates[name] = joined
+            else:
+                graphs = joined
         self.report.seconds["differentiate"] += time.perf_counter() - start
         return graphs
-
-    def _with_step(self, graphs: DerivativeGraphs) -> DerivativeGraphs:
-        """Add the graph of the whole step, if the optimizer's part of it can be captured."""
-        name, problem = graphs.loss.problem, self.graph.problems[graphs.loss.problem]
-        if self.layouts[name].device.type != "cpu":
-            self.report.eager_updates[name] = "steps as one graph are compiled for CPUs only"
-            return graphs
-        if problem.loss_scale is not None:
-            self.report.eager_updates[name] = "its loss scale decides after each gradient whether a step is made"
-            return graphs
-        if problem.step_hooks():
-            self.report.eager_updates[name] = f"it has hooks around its step: {', '.join(problem.step_hooks())}"
-            return graphs
-        trained = problem.trained_parameters()
-        present = present_gradients(graphs.gradient, len(graphs.loss.metrics))
-        parameters = {n: trained[n] for n in present}
-        try:
-            twin, copies = warmed_twin(name, problem.optimizer, parameters)
-            update = capture_update(name, twin, copies).of(problem.optimizer, parameters)
-            clip, normalize = problem.clip_norm, problem.normalize_gradient
-            step = step_graph(graphs.loss, graphs.gradient, update, clip, normalize=normalize)
-        except UpdateError as error:
-            self.report.eager_updates[name] = str(error)
-            return graphs
-        return dataclasses.replace(graphs, step=step)
 
     def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
         axis = self.axes[loss.problem]

@@ -51,6 +51,10 @@ class StateError(MloptError, ValueError):
     """The user's objects are no longer those that a plan was compiled for."""
 
 
+class SaveError(MloptError, ValueError):
+    """A plan cannot be saved, or a saved plan cannot be loaded."""
+
+
 class VerificationWarning(UserWarning):
     """A compiled derivative disagrees with eager autograd; the eager one is used from here on."""
 

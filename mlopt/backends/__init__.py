@@ -10,6 +10,7 @@ from mlopt.backends import inductor
 from mlopt.backends.base import AbstractBackend, Compiled, Lowering
 from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
+from mlopt.backends.inductor.cache import machine
 from mlopt.backends.native import NativeBackend
 from mlopt.backends.steps import Changing, StepsOutcome, run_steps
 from mlopt.errors import BackendWarning
@@ -24,6 +25,7 @@ __all__ = [
     "NativeBackend",
     "StepsOutcome",
     "get_backend",
+    "machine",
     "run_steps",
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import fx
@@ -81,6 +82,13 @@ class AbstractBackend(abc.ABC):
 
     def seal(self) -> None:  # noqa: B027 - see above
         """Say that training begins: from now on lowering must be quick, at the price of slower graphs."""
+
+    def copy_cache(self, directory: Path) -> None:  # noqa: B027 - see above
+        """Copy what the graphs lowered so far have in a cache on disk into another cache.
+
+        Args:
+            directory: The other cache, as ``cache_dir`` of a backend.
+        """
 
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Whether `lower` returns quickly for this graph."""

@@ -262,6 +262,7 @@ class GraphDerivatives(AbstractDerivatives):
 
     def __init__(self, graphs: DerivativeGraphs, backend: AbstractBackend) -> None:
         self.graphs = graphs
+        self.backend = backend
         self._loss = graphs.loss
         modules = graphs.modules()
         backend.prepare([module for module in modules.values() if not backend.is_prepared(module)])

@@ -110,6 +110,7 @@ class Executor:
 
     Attributes:
         keep_gradients: See `Plan.keep_gradients`.
+        seen: As given.
         histories: Of problems whose steps are differentiated, the last of these.
         unrolls: Of problems that roll the ones below them back, the steps below since their last one.
     """
@@ -132,13 +133,12 @@ class Executor:
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
         self.keep_gradients = False
         self.check = StepCheck(plan, problems)
+        self.seen = {name: tuple((seen or {}).get(name, plan[name].reads)) for name in problems}
         self._derive = derive
         self._quiet = quiet
         self.unrolls: dict[str, Unroll] = {}
         self.histories = {
-            i.problem: History(
-                problems[i.problem], [problems[r] for r in (seen or {}).get(i.problem, plan[i.problem].reads)], i.steps
-            )
+            i.problem: History(problems[i.problem], [problems[r] for r in self.seen[i.problem]], i.steps)
             for i in sorted(
                 (i for p in plan.problems for i in p.instructions if isinstance(i, ReverseSteps)), key=lambda i: i.steps
             )

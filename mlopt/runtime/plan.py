@@ -18,6 +18,7 @@ from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan_state import restore, state_of
+from mlopt.runtime.saving.write import save as write_plan
 
 StepResult = dict[str, dict[str, Any]]
 
@@ -209,6 +210,24 @@ class Plan:
             DataError: The data is not that of which the position is.
         """
         self.num_steps = restore(self._executor, state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan so that `mlopt.load` runs it in another process, without capturing or compiling.
+
+        The folder holds the program, its graphs for the next batch of every problem and for those of the last steps (in
+        the modules' present training modes and with the present plain values), the compiled packages, and the state:
+        parameters, buffers, optimizers, counters. Data and the code of the problems are not in it. It is written whole
+        or not at all, and takes the place of a plan saved there before.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            SaveError: Part of the plan is the user's code: a problem that runs by plain autograd, hooks around its
+                step, learned optimizer settings; or `path` is something else.
+        """
+        reads = {name: self.graph.reads(name) for name in self.graph.problems}
+        write_plan(path, self._executor, self.program, reads, self._report, self.num_steps)
 
     def explain(self) -> str:
         """Describe the program: problems, edges, what a step of each problem runs, what it costs, what was compiled."""

@@ -43,8 +43,17 @@ def state_of(executor: Executor, num_steps: int) -> dict[str, Any]:
     return copy.deepcopy(state)  # one copy at the end keeps what is shared, and later steps do not change it
 
 
-def restore(executor: Executor, state: Mapping[str, Any]) -> int:
-    """Put everything into a state that `state_of` returned; return the number of global steps made."""
+def restore(executor: Executor, state: Mapping[str, Any], *, surroundings: bool = True) -> int:
+    """Put everything into a state that `state_of` returned.
+
+    Args:
+        executor: What is put there.
+        state: The state.
+        surroundings: Also the position in the data and the random generators.
+
+    Returns:
+        The number of global steps made.
+    """
     problems = executor.problems
     if state.get("format") != FORMAT:
         raise StateError(
@@ -71,6 +80,8 @@ def restore(executor: Executor, state: Mapping[str, Any]) -> int:
     state = copy.deepcopy(dict(state))
     for name in problems:
         _restore_problem(executor, name, state["problems"][name])
+        if surroundings:
+            executor.states[name].stream.load_state_dict(state["problems"][name]["data"])
 
     def sample(name: str, data: dict[str, Any]) -> Sample:
         return Sample.unpack(data, executor.states[name].stream, executor.layouts[name].device)
@@ -86,7 +97,8 @@ def restore(executor: Executor, state: Mapping[str, Any]) -> int:
         )
         for name, unroll in state["unrolls"].items()
     }
-    set_all_generators(state["generators"])  # last: fetching batches has moved them
+    if surroundings:
+        set_all_generators(state["generators"])  # last: fetching batches has moved them
     return int(state["num_steps"])
 
 
@@ -124,7 +136,6 @@ def _restore_problem(executor: Executor, name: str, saved: dict[str, Any]) -> No
     if problem.loss_scale is not None:
         problem.loss_scale.load_state_dict(saved["loss_scale"])
     state.num_steps, state.steps_seen = saved["num_steps"], saved["steps_seen"]
-    state.stream.load_state_dict(saved["data"])
     device = executor.layouts[name].device
     state.samples = tuple(Sample.unpack(s, state.stream, device) for s in saved["samples"])
 

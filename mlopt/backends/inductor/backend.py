@@ -125,6 +125,10 @@ class InductorBackend(AbstractBackend):
         """Compile nothing any more; the cache is still looked at."""
         self._sealed = True
 
+    def copy_cache(self, directory: Path) -> None:
+        """Copy the packages and choices."""
+        self._cache.copy_used(directory)
+
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Whether a graph was found or compiled already."""
         return module in self._prepared

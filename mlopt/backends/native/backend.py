@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -51,6 +52,11 @@ class NativeBackend(AbstractBackend):
     def seal(self) -> None:
         """Seal the other backend; kernels need no compilation."""
         self._other.seal()
+
+    def copy_cache(self, directory: Path) -> None:
+        """Copy the choices, and what the other backend has."""
+        self._cache.copy_used(directory)
+        self._other.copy_cache(directory)
 
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Ask the other backend."""
