@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from mlopt.autodiff.split import dependents, residuals_of
-from mlopt.passes import draws_random
+from mlopt.passes import draws_random, size_hint
 
 _ATEN = torch.ops.aten
 
@@ -163,7 +163,7 @@ def num_bytes(node: fx.Node) -> int | None:
     if isinstance(value, torch.Tensor):
         count = 1
         for size in value.shape:
-            count *= size if isinstance(size, int) else size.node.hint
+            count *= size_hint(size)
         return count * value.element_size()
     return 8 if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool) else None
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlopt.capture.guard import ShapeGuard
-from mlopt.passes import has_writes, remove_fresh_writes_pass
+from mlopt.passes import has_writes, remove_fresh_writes_pass, size_hint
 
 Outputs = list[torch.Tensor | torch.SymInt | torch.SymFloat | None]
 
@@ -88,7 +88,7 @@ def keep_random_layout(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target is not torch.ops.aten.bernoulli.p:
             continue
-        strides = [s.node.hint if isinstance(s, torch.SymInt) else s for s in node.args[0].meta["val"].stride()]
+        strides = [size_hint(s) for s in node.args[0].meta["val"].stride()]
         order = sorted(range(len(strides)), key=lambda d: -strides[d])
         if order == list(range(len(strides))):
             continue

@@ -56,7 +56,7 @@ def get_all_generators() -> dict[str, Any]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, [int(k) for k in keys], *rest)
+        state["numpy"] = (kind, keys.tolist(), *rest)
     return state
 
 

@@ -13,7 +13,7 @@ from mlopt.backends.base import Compiled, Lowering
 from mlopt.backends.measure import device_of
 from mlopt.backends.native.choice import Choice
 from mlopt.ops.glm import MAX_CLASSES
-from mlopt.passes import remove_dead_nodes_pass
+from mlopt.passes import remove_dead_nodes_pass, size_hint
 
 aten = torch.ops.aten
 
@@ -157,9 +157,4 @@ def _is_matrix(node: Any) -> bool:
     if value.dtype not in (torch.float32, torch.float64) or not isinstance(features, int):
         return False
     by_rows = value.stride(1) == 1 and value.stride(0) == features
-    return by_rows and _hint(value.shape[0]) * features >= _LEAST_ELEMENTS
-
-
-def _hint(size: Any) -> int:
-    """A free size as it was in the example."""
-    return int(size.node.hint if isinstance(size, torch.SymInt) else size)
+    return by_rows and size_hint(value.shape[0]) * features >= _LEAST_ELEMENTS
