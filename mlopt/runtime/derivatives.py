@@ -312,10 +312,17 @@ class GraphDerivatives(AbstractDerivatives):
 
     def linearize(self, batch: Batch) -> AbstractLinearization:
         """Run the primal graph."""
-        graphs = self.graphs.linearization
-        assert graphs is not None, f"the plan of {self._loss.problem} needs no linearization"
-        residuals = self._call["primal"](*self._loss.bind(batch.tensors, self._values))
-        return _GraphLinearization(residuals, self._call, graphs)
+        return self.linearization_of(self.residuals(batch))
+
+    def residuals(self, batch: Batch) -> Sequence[Any]:
+        """Return what the primal graph hands over to the products: tensors, and sizes."""
+        assert self.graphs.linearization is not None, f"the plan of {self._loss.problem} needs no linearization"
+        return self._call["primal"](*self._loss.bind(batch.tensors, self._values))
+
+    def linearization_of(self, residuals: Sequence[Any]) -> AbstractLinearization:
+        """Return the products of what `residuals` returned."""
+        assert self.graphs.linearization is not None, f"the plan of {self._loss.problem} needs no linearization"
+        return _GraphLinearization(residuals, self._call, self.graphs.linearization)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the read-gradient graph."""

@@ -18,6 +18,7 @@ from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan_state import restore, state_of
+from mlopt.runtime.saving.export import export_hypergradient
 from mlopt.runtime.saving.write import save as write_plan
 
 StepResult = dict[str, dict[str, Any]]
@@ -228,6 +229,37 @@ class Plan:
         """
         reads = {name: self.graph.reads(name) for name in self.graph.problems}
         write_plan(path, self._executor, self.program, reads, self._report, self.num_steps)
+
+    def export_hypergradient(self, problem: str | Problem, path: str | os.PathLike[str]) -> None:
+        """Write the hypergradient of a two-level program as machine code that C++ can call without Python.
+
+        The folder holds three AOTInductor packages, compiled for the sizes of the present batches, whose inputs and
+        outputs are contiguous tensors::
+
+            point.pt2: inputs        -> direct gradient [N_u], cotangent v [N], residuals of the products ...
+            hvp.pt2:   residuals, p  -> H p [N]
+            mixed.pt2: residuals, q  -> (d2g/du dtheta)^T q [N_u]
+
+        ``dF/du = direct - mixed(q)`` with ``H q = v``; vectors hold the parameters one after the other. The settings of
+        the solver are metadata of point.pt2, which solves from zero: a warm start is left to the caller. Beside them
+        lie hypergradient.json, which names inputs and parameters in order, and inputs.pt, the present inputs. Each
+        package is checked against the plan's graphs before the folder takes its place. ``examples/cpp`` has a program
+        that evaluates one.
+
+        Args:
+            problem: The upper problem or its name.
+            path: The folder.
+
+        Raises:
+            KeyError: Unknown problem.
+            SaveError: The program has another form (more levels, several lower problems, an estimator other than CG and
+                Neumann, tasks, micro-batches, random numbers), nothing can be compiled here, or `path` is something
+                else.
+        """
+        name = problem.name if isinstance(problem, Problem) else problem
+        if name not in self.graph.problems:
+            raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
+        export_hypergradient(path, self._executor, name)
 
     def explain(self) -> str:
         """Describe the program: problems, edges, what a step of each problem runs, what it costs, what was compiled."""
