@@ -161,10 +161,12 @@ class _Cycle:
         return self.next()
 
     def _begin(self) -> Iterator[Any]:
-        own = [g.get_state() for g in self._own_generators()]
-        # A list draws nothing. One of a single batch begins at every step, and keeping the generators costs 20 us.
-        self._start = {"all": None if type(self._data) in (list, tuple) else get_all_generators(), "own": own}
         self._num_taken = 0
+        if type(self._data) in (list, tuple):
+            # It draws nothing. With a single batch it begins at every step, and keeping generators costs 20 us.
+            self._start = {"all": None, "own": []}
+        else:
+            self._start = {"all": get_all_generators(), "own": [g.get_state() for g in self._own_generators()]}
         return iter(self._data)
 
     def _own_generators(self) -> list[torch.Generator]:

@@ -127,20 +127,20 @@ def test_ctrl_c_ends_the_loop_after_a_whole_step(cache, monkeypatch):
     made = functools.partial(make, nesterov, data=batches(1), clip_norm=0.3)
     ours, theirs = made(), made()
     plan, reference = (compiled(p, "inductor", monkeypatch, cache_dir=cache) for p in (ours, theirs))
-    plan.run(2)
+    plan.run(50)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
         with pytest.raises(KeyboardInterrupt):
             plan.run(10**9)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert 2 < plan.num_steps < 10**6
+    assert 50 < plan.num_steps < 10**6
     reference.run(plan.num_steps)  # the same machine code without an interruption: the same bits
     assert_same_state(state_of(ours), state_of(theirs), 0)
     plan.run(3), reference.run(3)
