@@ -77,9 +77,10 @@ nvcc:  ## compile the CUDA sources (needs nvcc, no GPU)
 	    -c $$source -o build/nvcc/$$(basename $$source).o || exit 1; \
 	done
 
-bench: setup  ## time the vector ops and the backends against torch on this machine; writes no result
+bench: setup  ## time outer iterations and kernels against their peers on this machine; writes no result
+	@$(PY) -m benchmarks.run $(ARGS)
 	@$(PY) benchmarks/run_vector.py --device cpu
-	@$(PY) benchmarks/run_backends.py
+	@$(PY) benchmarks/run_glm.py --device cpu
 
 gpu-check:  ## on a machine with a GPU and its own torch: build in place, test and measure everything CUDA; no network
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
@@ -89,6 +90,7 @@ gpu-check:  ## on a machine with a GPU and its own torch: build in place, test a
 	  PYTHONPATH=. MLOPT_REQUIRE_EXTENSION=1 compute-sanitizer --error-exitcode 1 \
 	    $(PYTHON) -m pytest -m cuda tests/ops -k "not large"; fi
 	PYTHONPATH=. $(PYTHON) benchmarks/run_vector.py --device cuda --out benchmarks/results
+	PYTHONPATH=. $(PYTHON) benchmarks/run_glm.py --device cuda --out benchmarks/results
 
 clean:  ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info demo_out mlopt/_C*.so .pytest_cache .mypy_cache .ruff_cache

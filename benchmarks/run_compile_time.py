@@ -15,24 +15,24 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import mlopt
-from benchmarks.problems import resnet
+from benchmarks.methods.compiled import Compiled
+from benchmarks.problems import PROBLEMS
 
 
 def main() -> None:
     """Compile once and print the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--backend", default="eager")
     parser.add_argument("--profile", action="store_true", help="print the functions that take longest")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    graph = resnet.make(args.batch)
+    instance = PROBLEMS["resnet"].make(torch.float32, False)
     profile = cProfile.Profile()
     start = time.perf_counter()
     if args.profile:
         profile.enable()
-    plan = mlopt.compile(graph, progress=False)
+    plan = Compiled(instance, "cg", args.backend).plan
     profile.disable()
     total = time.perf_counter() - start
     report = plan._report

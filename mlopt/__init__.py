@@ -21,6 +21,7 @@ from mlopt.hypergradient import (
 from mlopt.ops import build_config
 from mlopt.problem import Problem
 from mlopt.runtime import NonFiniteGuard, Plan
+from mlopt.runtime.saving.read import load
 
 __version__ = "0.1.0"
 
@@ -44,4 +45,5 @@ __all__ = [
     "compile",
     "errors",
     "linalg",
+    "load",
 ]

@@ -66,7 +66,7 @@ def check_estimators(
     """Let every estimator that is used look at the size and the optimizer of its problem.
 
     Raises:
-        ProblemError: An estimator refuses.
+        ProblemError: An estimator refuses, or differentiates a step that the problem's hooks change.
         UpdateError: An optimizer's step cannot be differentiated.
     """
     used = {i.problem for p in program.problems for i in p.instructions if isinstance(i, Solve | ReverseSteps)}
@@ -77,6 +77,13 @@ def check_estimators(
         except ValueError as error:
             raise ProblemError(str(error)) from None
         if estimator.uses_update or estimator.unrolled_steps is not None:
+            hooks = [hook for hook in problems[name].step_hooks() if hook != "on_inner_loop_start"]
+            if hooks:
+                raise ProblemError(
+                    f"problem {name!r}: {estimator!r} differentiates the optimizer's step, but the problem changes it "
+                    f"by {', '.join(hooks)}, whose derivative is not known; use an estimator of the derivative of an "
+                    "optimum (mlopt.CG, mlopt.Neumann, mlopt.FiniteDifference)"
+                )
             _check_update(problems[name], needs_factor=estimator.uses_update)
 
 

@@ -25,6 +25,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
     verify: bool = True,
     strict: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
+    residual_budget: int | None = None,
     progress: bool = True,
 ) -> Plan:
     """Compile a multilevel program.
@@ -37,20 +38,26 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         graph: The problems.
         backend: What runs the graphs. ``"eager"``: torch calls. ``"inductor"``: machine code by AOTInductor, compiled
             in parallel processes and kept on disk; the first compilation of a program takes 10 seconds to minutes,
-            the next ones under a second. ``"auto"``: machine code where it is faster than torch calls on the first
-            batch, where a C++ compiler and the native extension are there, else ``"eager"``; ``$MLOPT_BACKEND``
-            overrides it. Whatever has to be captured later (a batch of another structure, a size that a graph does not
-            hold for) runs by torch calls unless the cache has it: training is never stopped to compile.
+            the next ones under a second. ``"native"``: the kernels of mlopt where graphs have the structure they are
+            written for (`explain` says which), torch calls elsewhere. ``"auto"``: the fastest of all these on the first
+            batch, graph by graph, of what can be used here; ``$MLOPT_BACKEND`` overrides it, and ``MLOPT_KERNELS=0``
+            leaves the kernels out. Whatever has to be captured later (a batch of another structure, a size that a graph
+            does not hold for) runs by torch calls unless the cache has it: training is never stopped to compile.
         verify: Compare every derivative with plain autograd on the first batch. Where they disagree, that problem's
             derivatives are taken by plain autograd from then on, and a `VerificationWarning` says so.
         strict: Raise instead of falling back.
         cache_dir: Where compiled graphs are kept; default: ``$MLOPT_CACHE_DIR``, else ``~/.cache/mlopt``.
+        residual_budget: The most bytes that may be kept of one problem's forward and backward pass for its
+            second-order products. Default: what is fastest: everything but what compiled code gets for nothing. With
+            less, more is computed again in every product, convolutions and matrix products last of all; `explain` says
+            what is kept.
         progress: Show a progress bar on a terminal.
 
     Returns:
         The compiled program.
 
     Raises:
+        ValueError: An unknown backend, or a `residual_budget` that is not an integer >= 0.
         GraphError: Declared dependencies differ from what the losses read.
         ProblemError: The parameters of one program lie on different devices, or an estimator refuses a problem.
         LossError: A `training_step` returns no differentiable scalar, or a loss without the structure that the
@@ -59,7 +66,16 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         DataError: A problem's data is empty.
         VerificationError: With ``strict``, a derivative disagrees with plain autograd.
     """
-    compiler = Compiler(graph, get_backend(backend, cache_dir), verify=verify, strict=strict, cache_dir=cache_dir)
+    if residual_budget is not None and (not isinstance(residual_budget, int) or residual_budget < 0):
+        raise ValueError(f"compile, argument `residual_budget`: expected bytes >= 0 or None, got {residual_budget!r}")
+    compiler = Compiler(
+        graph,
+        get_backend(backend, cache_dir),
+        verify=verify,
+        strict=strict,
+        residual_budget=residual_budget,
+        cache_dir=cache_dir,
+    )
     with tqdm(total=2 * len(graph.problems), desc="compile", leave=False, disable=None if progress else True) as bar:
         for name in graph.problems:
             bar.set_postfix_str(f"capture {name}")

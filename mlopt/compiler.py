@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from mlopt.autodiff import FlatLayout, TaskAxis
+from mlopt.autodiff import FlatLayout, Recompute, SplitPolicy, TaskAxis
 from mlopt.backends import AbstractBackend, EagerBackend, Lowering, background_backend
 from mlopt.capture import LossGraph, ReadAttribute, capture_loss
 from mlopt.capture.tasks import showing_task
@@ -41,7 +41,9 @@ from mlopt.runtime.reference import AutogradDerivatives
 from mlopt.runtime.reference_tasks import TaskAutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
+from mlopt.runtime.verify_step import find_step_disagreement
 from mlopt.runtime.warm_up import WarmUp
+from mlopt.runtime.whole_step import add_step
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Compiler:
         *,
         verify: bool,
         strict: bool,
+        residual_budget: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self._cache_dir = cache_dir
@@ -80,6 +83,8 @@ class Compiler:
         self.backend = backend
         self.verify = verify
         self.strict = strict
+        # Where every operation is a call of its own, nothing is computed again for free.
+        self.split = SplitPolicy(Recompute.POINTWISE if backend.compiles else Recompute.NOTHING, residual_budget)
         self.layouts = {n: FlatLayout.of(n, p.trained_parameters(), p.tasks) for n, p in graph.problems.items()}
         check_devices(self.layouts)
         self.streams = {name: BatchStream(problem) for name, problem in graph.problems.items()}
@@ -145,11 +150,13 @@ class Compiler:
             latest: Gives a batch of a problem to compare on, without fetching one.
         """
         used = {id(d) for d in self._known.values()}
-        eager = {
-            name: [d for d in captures if id(d) in used and all(x == Lowering("eager") for x in d.lowerings().values())]
+        eager = [
+            (name, d)
             for name, captures in self.report.graphs.items()
-        }
-        if not any(eager.values()):
+            for d in captures
+            if id(d) in used and all(x == Lowering("eager") for x in d.lowerings().values())
+        ]
+        if not eager:
             return None
         cancelled = threading.Event()
         # Where a package is no faster than the calls that it replaces there is nothing to change over to.
@@ -167,14 +174,28 @@ class Compiler:
             batch = latest(name)
             if self._known.get(self._key(name, batch)) is not live:
                 return None  # made for other batches than the present one
-            return not self.verify or self._agrees(name, live, compiled, batch)
+            if self.verify and not self._agrees(name, live, compiled, batch):
+                return False
+            self._verify_step(name, compiled, batch)
+            return True
 
         def done(backend: AbstractBackend) -> None:
             backend.seal()
             self.backend = backend
             self.report.backend = backend.name
 
-        return WarmUp(eager, backend, cancelled, accept, done)
+        return WarmUp([(n, d, self._with_step(n, d.graphs)) for n, d in eager], backend, cancelled, accept, done)
+
+    def _with_step(self, name: str, graphs: DerivativeGraphs) -> DerivativeGraphs:
+        """Join the optimizer's step to the gradient where the one is all of the other."""
+        assert self.program is not None
+        if not self.program[name].is_whole:
+            return graphs
+        joined = add_step(graphs, self.graph.problems[name], self.layouts[name])
+        if isinstance(joined, str):
+            self.report.eager_updates[name] = joined
+            return graphs
+        return joined
 
     def _agrees(self, name: str, live: GraphDerivatives, compiled: GraphDerivatives, batch: Batch) -> bool:
         assert self.program is not None
@@ -230,20 +251,22 @@ class Compiler:
             return loss
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
+        if isinstance(graphs, DerivativeGraphs) and self.backend.compiles:
+            graphs = self._with_step(name, graphs)
         self.report.seconds["differentiate"] += time.perf_counter() - start
         return graphs
 
     def _differentiate(self, loss: LossGraph, batch: Batch, needs: ProductNeeds) -> DerivativeGraphs | Island:
         axis = self.axes[loss.problem]
         try:
-            return differentiate(loss, batch, self.layouts, needs, axis)
+            return differentiate(loss, batch, self.layouts, needs, axis, self.split)
         except LossError:  # a loss that the estimator cannot be used with
             raise
         except Exception:
             logger.debug("differentiating %s with free sizes failed; trying fixed ones", loss.problem, exc_info=True)
         try:  # some operations (recurrent ones on the CPU) have no derivative for symbolic sizes
             fixed = dataclasses.replace(loss, dynamic_dims=tuple(frozenset[int]() for _ in loss.inputs))
-            return differentiate(fixed, batch, self.layouts, needs, axis)
+            return differentiate(fixed, batch, self.layouts, needs, axis, self.split)
         except Exception as error:
             reason = (
                 f"problem {loss.problem!r}: its loss was captured but could not be differentiated as a graph\n"
@@ -372,16 +395,17 @@ class Compiler:
         if self.axes[name] is not None and derivatives.is_random:
             # What can be checked is that the backend does what the graphs say.
             self.report.unverified[name] = "its tasks draw their random numbers in another order than a loop over them"
-            reference = GraphDerivatives(derivatives.graphs, EagerBackend())
+            reference = GraphDerivatives(dataclasses.replace(derivatives.graphs, step=None), EagerBackend())
         difference = find_disagreement(derivatives, reference, problem, problems, self.layouts[name], needs, batch)
         if difference is None:
+            self._verify_step(name, derivatives, batch)
             return derivatives
         message = f"problem {name!r}: a compiled derivative disagrees with plain autograd: {difference}"
         if self.strict:
             raise VerificationError(message + "; strict=True was given. compile(..., strict=False) uses plain autograd")
         if any(lowering.backend != "eager" for lowering in derivatives.lowerings().values()):
             # Is the graph wrong, or what the backend made of it? Torch calls on a right graph beat plain autograd.
-            eager = GraphDerivatives(derivatives.graphs, EagerBackend())
+            eager = GraphDerivatives(dataclasses.replace(derivatives.graphs, step=None), EagerBackend())
             layout = self.layouts[name]
             if find_disagreement(eager, reference, problem, problems, layout, needs, batch) is None:
                 message += f". The graphs are right and the {self.backend.name} backend is not: they run eagerly"
@@ -391,6 +415,20 @@ class Compiler:
         warnings.warn(message + "; this problem runs by plain autograd", VerificationWarning, stacklevel=5)
         self.report.islands[name] = message
         return reference
+
+    def _verify_step(self, name: str, derivatives: GraphDerivatives, batch: Batch) -> None:
+        """Compare the compiled step with the user's optimizer on copies; it is not used if they disagree."""
+        if derivatives.step is None:
+            return
+        difference = find_step_disagreement(derivatives, self.graph.problems[name], self.layouts[name], batch)
+        if difference is None:
+            return
+        message = f"problem {name!r}: its compiled step disagrees with its optimizer's own: {difference}"
+        if self.strict:
+            raise VerificationError(message + "; strict=True was given. compile(..., strict=False) steps the optimizer")
+        warnings.warn(message + "; the optimizer is stepped by itself", VerificationWarning, stacklevel=6)
+        derivatives.step.give_up(message)
+        self.report.eager_updates[name] = message
 
 
 def _kind(key: tuple[Any, ...]) -> tuple[object, ...]:

@@ -32,7 +32,7 @@ class CaptureError(MloptError, RuntimeError):
 
 
 class UpdateError(MloptError, ValueError):
-    """An optimizer's step cannot be differentiated."""
+    """An optimizer's step cannot be differentiated, or cannot be captured as a graph."""
 
 
 class DataError(MloptError, ValueError):
@@ -49,6 +49,10 @@ class NonFiniteError(MloptError, RuntimeError):
 
 class StateError(MloptError, ValueError):
     """The user's objects are no longer those that a plan was compiled for."""
+
+
+class SaveError(MloptError, ValueError):
+    """A plan cannot be saved, or a saved plan cannot be loaded."""
 
 
 class VerificationWarning(UserWarning):

@@ -156,6 +156,34 @@ class Problem:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {n: p for n, p in self.module.named_parameters() if id(p) in held and p.requires_grad}
 
+    def on_inner_loop_start(self) -> None:
+        """Run before the first step of every unroll of `unroll_steps`; override to reset the parameters, for example.
+
+        It is part of the schedule, not of the loss: nothing is differentiated through it. `mlopt.Unroll` does not look
+        past it, as steps before it have no influence on those after it.
+        """
+
+    def grad_callback(self) -> None:
+        """Run when the gradient (above other problems: the hypergradient) lies in ``.grad`` of `trained_parameters`.
+
+        It may change ``.grad``; clipping and the optimizer's step follow.
+        """
+
+    def optimizer_step(self) -> None:
+        """Make the step from ``.grad`` of `trained_parameters`; override to step otherwise than by the optimizer."""
+        self.optimizer.step()
+
+    def param_callback(self) -> None:
+        """Run after every optimizer step; override to project the parameters, for example: write them in place."""
+
+    def step_hooks(self) -> list[str]:
+        """Return the names of the hooks around an optimizer step that this problem overrides.
+
+        Steps of a problem that has some are made one by one, in Python.
+        """
+        names = ("on_inner_loop_start", "grad_callback", "optimizer_step", "param_callback")
+        return [n for n in names if getattr(type(self), n) is not getattr(Problem, n) or n in self.__dict__]
+
     def optimizer_hyperparameters(self) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """Return settings of the optimizer that are learned by problems above; override to have some.
 

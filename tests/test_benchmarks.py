@@ -8,17 +8,38 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def smoke(name, folder):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", "--out", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def test_run_vector(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "run_vector.py"), "--smoke", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "cg_step" in result.stdout and len(list(tmp_path.glob("cpu-*.json"))) == 1
+    assert "cg_step" in smoke("run_vector", tmp_path) and len(list(tmp_path.glob("cpu-*.json"))) == 1
 
 
-def test_run_backends(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "run_backends.py"), "--smoke", "--out", str(tmp_path)]
+def test_run_glm(tmp_path):
+    assert "double backward" in smoke("run_glm", tmp_path) and len(list(tmp_path.glob("glm-cpu-*.json"))) == 1
+
+
+def test_outer_iterations():
+    """All methods that are installed agree in float64, and the table is printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.run",
+        "--smoke",
+        "--methods",
+        "hand-written",
+        "betty",
+        "jax",
+        "mlopt-eager",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "CG(20) hypergradient" in result.stdout and (tmp_path / "backends-cpu.json").exists()
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for problem in ("logistic", "mlp", "convnet", "transformer", "resnet", "cleaning"):
+        assert f"\n{problem}: " in result.stdout
+    assert result.stdout.count("mlopt-eager computes what the hand-written program does") == 12

@@ -262,7 +262,7 @@ def test_batch_with_unknown_objects():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="argument `backend`: expected one of 'auto', 'eager', 'inductor', got 'fast'"):
+    with pytest.raises(ValueError, match="expected one of 'auto', 'eager', 'inductor', 'native', got 'fast'"):
         mlopt.compile(mlopt.Graph(list(make())), backend="fast")
 
 

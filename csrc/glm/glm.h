@@ -56,13 +56,15 @@ enum GlmFunction : int {
   kGlmSoftmax = 2,       // u_c <- s p_c (u_c - p.u), the curvature of a softmax with probabilities p
   kGlmLogistic = 3,      // u_c <- s (sigmoid(u_c) - t_c), the gradient of sum_c softplus(u_c) - t_c u_c
   kGlmSoftmaxIndex = 4,  // u_c <- s (softmax(u)_c - [c == label]), the gradient of the cross entropy
-  kGlmSoftmaxDense = 5   // the same for targets t: u_c <- s (softmax(u)_c sum(t) - t_c)
+  kGlmSoftmaxDense = 5,  // the same for targets t: u_c <- s (softmax(u)_c sum(t) - t_c)
+  kGlmRankOne = 6,       // u_c <- s (a_c u_c + b_c (g.u))
+  kGlmBlock = 7          // u_c <- s sum_k B_ck u_k
 };
 
 template <typename T>
 struct GlmRows {
   GlmFunction function;
-  const T* values;        // [T, n, C] or, if per_row, [T, n]: d, p or t
+  const T* values;        // d, p or t: [T, n, C] or, if per_row, [T, n]; (a, b, g): [T, n, 3, C]; B: [T, n, C, C]
   const T* weights;       // [T, n]: s, or nullptr for 1
   const int64_t* labels;  // [T, n]
   bool per_row;
@@ -182,6 +184,24 @@ MLOPT_HD T glm_row(const GlmRows<T>& q, int64_t row, int64_t classes, T* u, T* p
       for (int64_t c = 0; c < classes; ++c) u[c] = weight * p[c] * (u[c] - mean);
       return 0;
     }
+    case kGlmRankOne: {
+      const T *a = q.values + 3 * row * classes, *b = a + classes, *g = b + classes;
+      T dot = 0;
+      for (int64_t c = 0; c < classes; ++c) dot += g[c] * u[c];
+      for (int64_t c = 0; c < classes; ++c) u[c] = weight * (a[c] * u[c] + b[c] * dot);
+      return 0;
+    }
+    case kGlmBlock: {
+      const T* block = q.values + row * classes * classes;
+      T old[kGlmMaxClasses];
+      for (int64_t c = 0; c < classes; ++c) old[c] = u[c];
+      for (int64_t c = 0; c < classes; ++c) {
+        T sum = 0;
+        for (int64_t k = 0; k < classes; ++k) sum += block[c * classes + k] * old[k];
+        u[c] = weight * sum;
+      }
+      return 0;
+    }
     case kGlmLogistic:
       return glm_logistic_row(q.values + row * classes, classes, weight, u, probabilities);
     case kGlmSoftmaxIndex:
@@ -192,7 +212,7 @@ MLOPT_HD T glm_row(const GlmRows<T>& q, int64_t row, int64_t classes, T* u, T* p
   return 0;
 }
 
-MLOPT_HD bool glm_is_loss(GlmFunction f) { return f >= kGlmLogistic; }
+MLOPT_HD bool glm_is_loss(GlmFunction f) { return f >= kGlmLogistic && f <= kGlmSoftmaxDense; }
 
 template <typename T>
 void glm_product_cpu(const GlmProduct<T>& q, ParallelFor pool);

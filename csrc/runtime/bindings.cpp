@@ -5,9 +5,11 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "../glm/glm_operator.h"
 #include "call.h"
 #include "operator.h"
 #include "solvers.h"
+#include "steps.h"
 
 namespace py = pybind11;
 
@@ -27,14 +29,28 @@ void bind_runtime(py::module& m) {
       .def(py::init<const std::string&, std::vector<at::ScalarType>>(), py::call_guard<py::gil_scoped_release>());
 
   py::class_<LinearOperator, std::shared_ptr<LinearOperator>>(m, "LinearOperator")
-      .def("apply", &LinearOperator::apply, py::call_guard<py::gil_scoped_release>());
+      .def("apply", &LinearOperator::apply, py::call_guard<py::gil_scoped_release>())
+      .def("apply_rows", &LinearOperator::apply_rows, py::call_guard<py::gil_scoped_release>());
   py::class_<PackageOperator, LinearOperator, std::shared_ptr<PackageOperator>>(m, "PackageOperator");
   py::class_<CallbackOperator, LinearOperator, std::shared_ptr<CallbackOperator>>(m, "CallbackOperator")
       .def(py::init<py::function>());
   py::class_<DampedOperator, LinearOperator, std::shared_ptr<DampedOperator>>(m, "DampedOperator")
       .def(py::init<std::shared_ptr<LinearOperator>, double>());
+  py::class_<GlmOperator, LinearOperator, std::shared_ptr<GlmOperator>>(m, "GlmOperator")
+      .def(py::init<const at::Tensor&, const std::string&, const at::Tensor&, const at::Tensor&, int64_t, bool,
+                    std::optional<at::Tensor>>());
   m.def("cg_loop", &cg_loop, py::call_guard<py::gil_scoped_release>());
   m.def("neumann_loop", &neumann_loop, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<StepsResult>(m, "StepsResult")
+      .def_readonly("num_steps", &StepsResult::num_steps)
+      .def_readonly("fed", &StepsResult::fed)
+      .def_readonly("computed", &StepsResult::computed)
+      .def("raise_error", [](const StepsResult& result) {
+        if (result.error) std::rethrow_exception(result.error);
+      });
+  py::class_<Steps, std::shared_ptr<Steps>>(m, "Steps")
+      .def("run", &Steps::run, py::call_guard<py::gil_scoped_release>());
 
   using Pairs = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;
   py::class_<Call, std::shared_ptr<Call>>(m, "Call")
@@ -58,6 +74,8 @@ void bind_runtime(py::module& m) {
              call.add_sizes(sizes, std::move(pairs), std::move(carriers), std::move(values));
            })
       .def("__call__", &Call::operator())
+      .def("results", &Call::results)
+      .def("steps", &Call::steps)
       // The call as a linear operator in argument `hole`; None where the sizes were not declared.
       .def("operator", [](Call& call, const py::sequence& arguments, int64_t hole) -> std::shared_ptr<LinearOperator> {
         TORCH_CHECK(call.returns_one_tensor(), "package: an operator returns one tensor");

@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace py = pybind11;
@@ -84,23 +85,51 @@ py::object Call::operator()(const py::args& arguments) {
     const py::gil_scoped_release no_gil;
     computed = package_->run(std::move(prepared->inputs));
   }
+  return results(arguments, computed);
+}
+
+py::tuple Call::results(const py::sequence& arguments, const std::vector<at::Tensor>& computed) const {
   const Sizes* sizes = find(arguments);
-  py::tuple results(outputs_.size());
+  TORCH_CHECK(sizes != nullptr, "package: unknown sizes");
+  py::tuple returned(outputs_.size());
   for (size_t k = 0; k < outputs_.size(); ++k) {
     const size_t index = outputs_[k].index;
     switch (outputs_[k].kind) {
       case OutputKind::kComputed:
-        results[k] = py::cast(computed.at(index));
+        returned[k] = py::cast(computed.at(index));
         break;
       case OutputKind::kArgument:
-        results[k] = arguments[index];
+        returned[k] = arguments[index];
         break;
       case OutputKind::kValue:
-        results[k] = sizes->values.at(index);
+        returned[k] = sizes->values.at(index);
         break;
     }
   }
-  return results;
+  return returned;
+}
+
+std::shared_ptr<Steps> Call::steps(const py::sequence& arguments,
+                                   const std::vector<std::pair<size_t, size_t>>& feedback,
+                                   const std::vector<size_t>& batch, const std::vector<size_t>& numbers) {
+  auto prepared = prepare(arguments, -1);
+  if (!prepared) return nullptr;
+  const auto input_of = [&](size_t argument) {
+    const auto found = std::find(arguments_.begin(), arguments_.end(), argument);
+    return found == arguments_.end() ? int64_t{-1} : static_cast<int64_t>(found - arguments_.begin());
+  };
+  StepInputs changing;
+  for (const auto& [output, argument] : feedback) {
+    const int64_t input = input_of(argument);
+    if (outputs_.at(output).kind != OutputKind::kComputed || input < 0) return nullptr;
+    changing.feedback.emplace_back(outputs_[output].index, static_cast<size_t>(input));
+  }
+  // An argument that is handed through may be one that is fed back.
+  for (const Output& output : outputs_)
+    if (output.kind == OutputKind::kArgument) return nullptr;
+  for (size_t argument : batch) changing.batch.push_back(input_of(argument));
+  for (size_t argument : numbers) changing.numbers.push_back(input_of(argument));
+  return std::make_shared<Steps>(package_, std::move(prepared->inputs), find(arguments)->layouts, std::move(changing));
 }
 
 }  // namespace mlopt

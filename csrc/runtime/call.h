@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "package.h"
+#include "steps.h"
 
 namespace mlopt {
 
@@ -48,6 +49,16 @@ class Call {
     size_t hole_input = 0;
   };
   std::optional<Prepared> prepare(const pybind11::sequence& arguments, int64_t hole);
+
+  // What the graph returns, for arguments of declared sizes and what the package computed.
+  pybind11::tuple results(const pybind11::sequence& arguments, const std::vector<at::Tensor>& computed) const;
+
+  // The graph as steps that follow each other: outputs of the graph that are arguments of the next call, and arguments
+  // that the caller changes. Null where the sizes were not declared, or where the package neither computes what is fed
+  // back nor takes it.
+  std::shared_ptr<Steps> steps(const pybind11::sequence& arguments,
+                               const std::vector<std::pair<size_t, size_t>>& feedback, const std::vector<size_t>& batch,
+                               const std::vector<size_t>& numbers);
 
   const std::shared_ptr<Package>& package() const { return package_; }
   bool returns_one_tensor() const { return outputs_.size() == 1 && outputs_[0].kind == OutputKind::kComputed; }

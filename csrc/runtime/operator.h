@@ -12,21 +12,29 @@
 
 namespace mlopt {
 
-// A square linear map on vectors [N]. `apply` is called without the GIL and returns a tensor that the caller must not
-// write; it may be one that the next call overwrites.
+// A square linear map on vectors [N], or T of them side by side on the rows of [T, N]. Both functions are called
+// without the GIL and return a tensor that the caller must not write; it may be one that the next call overwrites.
 class LinearOperator {
  public:
   virtual ~LinearOperator() = default;
   virtual at::Tensor apply(const at::Tensor& vector) = 0;  // [N] -> [N]
+
+  // [K, N] -> [K, N]: one map on every row, or map t on row t. By default `apply` on each row.
+  virtual at::Tensor apply_rows(const at::Tensor& rows);
+
+ private:
+  at::Tensor rows_;
 };
 
-// An AOTInductor package with one free input, the vector, and one output. The other inputs are fixed.
+// An AOTInductor package with one free input and one output: a vector, or the rows of T maps. The other inputs are
+// fixed.
 class PackageOperator final : public LinearOperator {
  public:
   PackageOperator(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, size_t hole, Layout layout)
       : package_(std::move(package)), inputs_(std::move(inputs)), hole_(hole), layout_(std::move(layout)) {}
 
   at::Tensor apply(const at::Tensor& vector) override;
+  at::Tensor apply_rows(const at::Tensor& rows) override;
 
  private:
   std::shared_ptr<Package> package_;
@@ -52,8 +60,11 @@ class DampedOperator final : public LinearOperator {
   DampedOperator(std::shared_ptr<LinearOperator> inner, double damping) : inner_(std::move(inner)), damping_(damping) {}
 
   at::Tensor apply(const at::Tensor& vector) override;
+  at::Tensor apply_rows(const at::Tensor& rows) override;
 
  private:
+  const at::Tensor& damped(const at::Tensor& product, const at::Tensor& vector);
+
   std::shared_ptr<LinearOperator> inner_;
   double damping_;
   at::Tensor result_;

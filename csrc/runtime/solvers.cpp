@@ -1,48 +1,15 @@
 #include "solvers.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_like.h>
-#include <pybind11/pybind11.h>
-
-#include <chrono>
 
 #include "../vector/vector.h"
 #include "../vector/vector_op.h"
+#include "signals.h"
 
 namespace mlopt {
 namespace {
 
-// Lets Ctrl-C end a loop: every so often, and not every step, because it needs the GIL.
-class SignalPoll {
- public:
-  void operator()() {
-    const auto now = std::chrono::steady_clock::now();
-    if (now < next_) return;
-    next_ = now + std::chrono::milliseconds(50);
-    const pybind11::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
-  }
-
- private:
-  std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
-};
-
-// Applies an operator to one vector or to every row; rows are gathered in a buffer that is allocated once.
-class Product {
- public:
-  explicit Product(LinearOperator& a) : a_(a) {}
-
-  at::Tensor operator()(const at::Tensor& x) {
-    if (x.dim() == 1) return a_.apply(x);
-    if (!rows_.defined()) rows_ = at::empty_like(x, at::MemoryFormat::Contiguous);
-    for (int64_t k = 0; k < x.size(0); ++k) rows_.select(0, k).copy_(a_.apply(x.select(0, k)));
-    return rows_;
-  }
-
- private:
-  LinearOperator& a_;
-  at::Tensor rows_;
-};
+at::Tensor product(LinearOperator& a, const at::Tensor& x) { return x.dim() == 1 ? a.apply(x) : a.apply_rows(x); }
 
 bool any_row_runs(const at::Tensor& state) {
   const at::Tensor host = state.cpu();
@@ -60,22 +27,20 @@ bool any_row_runs(const at::Tensor& state) {
 void cg_loop(LinearOperator& a, at::Tensor x, at::Tensor r, at::Tensor p, at::Tensor state, int64_t max_steps,
              int64_t check_every) {
   const at::NoGradGuard no_grad;
-  Product product(a);
   SignalPoll poll;
   at::Tensor workspace = cg_workspace(x);
   for (int64_t step = 0; step < max_steps; ++step) {
     if (step % check_every == 0 && !any_row_runs(state)) break;
-    cg_step(x, r, p, product(p), state, workspace);
+    cg_step(x, r, p, product(a, p), state, workspace);
     poll();
   }
 }
 
 void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale) {
   const at::NoGradGuard no_grad;
-  Product product(a);
   SignalPoll poll;
   for (int64_t k = 1; k < num_terms; ++k) {
-    neumann_step(term, total, product(term), scale);
+    neumann_step(term, total, product(a, term), scale);
     poll();
   }
 }

@@ -1,6 +1,7 @@
 // Inputs for the tests of the family `glm`.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -41,7 +42,7 @@ struct GlmCase {
         z(random_vector<T>(s.tasks * s.rhs * s.rows * s.classes, 4)),
         losses(s.tasks, T(7)),
         partials(s.tasks * glm_num_chunks(s.rows, chunk_rows) * glm_partial_size(s.rhs * s.classes, stride), T(NAN)),
-        values(random_vector<T>(s.tasks * s.rows * s.classes, 5)),
+        values(random_vector<T>(s.tasks * s.rows * s.classes * std::max<int64_t>(3, s.classes), 5)),  // for any f
         weights(random_vector<T>(s.tasks * s.rows, 6)),
         r(v),
         p(v),

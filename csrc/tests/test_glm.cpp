@@ -39,8 +39,8 @@ double plain_product(const GlmCase<T>& c, GlmFunction function, int64_t task, in
 
 template <typename T>
 void test_product(const GlmShape& shape, int64_t chunk_rows) {
-  for (const auto function :
-       {kGlmIdentity, kGlmDiagonal, kGlmSoftmax, kGlmLogistic, kGlmSoftmaxIndex, kGlmSoftmaxDense}) {
+  for (const auto function : {kGlmIdentity, kGlmDiagonal, kGlmSoftmax, kGlmLogistic, kGlmSoftmaxIndex, kGlmSoftmaxDense,
+                              kGlmRankOne, kGlmBlock}) {
     if (glm_is_loss(function) && shape.rhs != 1) continue;
     GlmCase<T> serial(shape, chunk_rows), threaded(shape, chunk_rows);
     glm_product_cpu(serial.product(function), serial_for);

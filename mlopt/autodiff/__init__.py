@@ -3,12 +3,18 @@
 Owns tracing and the split of second-order products into a primal half (run once per state) and tangent halves (run
 once per vector). Every graph that leaves here is functional (no in-place operations), flat (tensors in, tensors out)
 and contains its backward passes explicitly. Differentiation comes before lowering because compilers of PyTorch code
-do not differentiate twice.
+do not differentiate twice. `step.py` puts the gradient and a captured optimizer update together; the derivatives of an
+update are taken of the optimizer's own code (`update.py`).
 """
 
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph
+from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
+from mlopt.autodiff.recompute import Recompute, SplitPolicy
+from mlopt.autodiff.rows import fits
+from mlopt.autodiff.scaling import scale_gradients
+from mlopt.autodiff.step import StepGraph, present_gradients, step_graph
 from mlopt.autodiff.tasks import (
     TaskAxis,
     gradient_over_tasks,
@@ -16,18 +22,28 @@ from mlopt.autodiff.tasks import (
     read_gradient_over_tasks,
 )
 from mlopt.autodiff.trace import TracedGraph
+from mlopt.passes import draws_random
 
 __all__ = [
     "FlatLayout",
     "GradientGraph",
     "LinearizationGraphs",
     "ReadGradientGraph",
+    "Recompute",
+    "SplitPolicy",
+    "StepGraph",
     "TaskAxis",
     "TracedGraph",
+    "draws_random",
+    "fits",
     "gradient_graph",
     "gradient_over_tasks",
     "linearization_graphs",
     "linearization_over_tasks",
+    "present_gradients",
     "read_gradient_graph",
     "read_gradient_over_tasks",
+    "replace_layers",
+    "scale_gradients",
+    "step_graph",
 ]

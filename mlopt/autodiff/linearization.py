@@ -5,7 +5,7 @@ trace is cut by use-def into
 
 - a *primal* graph, everything that does not depend on the vector: forward and backward of g, run once per state;
 - a *tangent* graph per product, everything that does: run once per vector, on the residuals that the primal handed
-  over.
+  over (or on fewer of them, see `recompute.py`).
 
 An iterative solver that re-ran the whole product would pay for the primal half in every iteration.
 """
@@ -22,10 +22,13 @@ from mlopt.autodiff.gauss_newton import CutLoss, second_order_products
 from mlopt.autodiff.gradient import prepare, read_parameters
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.loss_scale import evaluate, scaled, unit_length, unscaled
-from mlopt.autodiff.split import dependents, extract, residuals_of
+from mlopt.autodiff.recompute import SplitPolicy, choose_residuals, count_recomputed, total_bytes
+from mlopt.autodiff.rows import over_rows
+from mlopt.autodiff.split import dependents, residuals_of
 from mlopt.autodiff.trace import Outputs, TracedGraph, trace
 from mlopt.capture.record import InputRole, LossGraph
-from mlopt.passes import run_default_passes
+from mlopt.passes import extract, run_default_passes
+from mlopt.passes.glm import find_glm
 
 
 @dataclasses.dataclass
@@ -36,17 +39,23 @@ class LinearizationGraphs:
         traced: The whole product before the cut; its `guard` tells for which shapes the halves hold.
         primal: ``(loss inputs) -> residuals``.
         hvp: ``(residuals, v [N]) -> (H v [N],)`` (or G v, if so asked), or None if not asked for.
+        hvps: ``(residuals, rows [K, N]) -> (H v of each row [K, N],)``, or None.
         mixed: ``(residuals, q [N]) -> (one flat vector [N_r] per target)``, or None if there is no target.
         targets: The problems that `mixed` returns products for, in output order.
         num_residuals: How many values the primal half hands over.
+        residual_bytes: The memory they hold beyond the inputs, at the sizes of the example.
+        num_recomputed: How many operations of the primal half the tangent halves make again.
     """
 
     traced: TracedGraph
     primal: fx.GraphModule
     hvp: fx.GraphModule | None
+    hvps: fx.GraphModule | None
     mixed: fx.GraphModule | None
     targets: tuple[str, ...]
     num_residuals: int
+    residual_bytes: int
+    num_recomputed: int
 
 
 def linearization_graphs(
@@ -57,6 +66,8 @@ def linearization_graphs(
     hvp: bool,
     targets: Sequence[str],
     curvature: str = "hessian",
+    hvps_at_once: int = 0,
+    split: SplitPolicy = SplitPolicy(),  # noqa: B008 - it is immutable
 ) -> LinearizationGraphs:
     """Build the second-order products of a loss.
 
@@ -72,6 +83,9 @@ def linearization_graphs(
         targets: The problems r whose mixed products are wanted.
         curvature: ``"hessian"``, or ``"ggn"`` to have generalized Gauss-Newton products in place of `H v`; mixed
             products are exact with both. See `mlopt.autodiff.gauss_newton`.
+        hvps_at_once: K, for the graph of K products at once; 0 for none. There is none either where a kernel may take
+            over, or an operation cannot be batched.
+        split: What the halves prefer: fewer residuals, or fewer operations.
 
     Returns:
         The graphs, already through the default passes.
@@ -133,17 +147,34 @@ def linearization_graphs(
     function = compute_gauss_newton if hvp and curvature == "ggn" else compute
     traced = trace(function, [*inputs, example], dynamic_dims, loss.positions(InputRole.BATCH))
     run_default_passes(traced.module)
-    return _cut(traced, hvp=hvp, targets=tuple(targets))
+    return _cut(traced, split, hvp=hvp, hvps_at_once=hvps_at_once, targets=tuple(targets))
 
 
-def _cut(traced: TracedGraph, *, hvp: bool, targets: tuple[str, ...]) -> LinearizationGraphs:
+def _cut(
+    traced: TracedGraph, split: SplitPolicy, *, hvp: bool, hvps_at_once: int, targets: tuple[str, ...]
+) -> LinearizationGraphs:
     graph = traced.module.graph
     *inputs, vector = [n for n in graph.nodes if n.op == "placeholder"]
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]
     tangent = dependents(vector)
     residuals = residuals_of(outputs, tangent)
+    kernel = hvp and find_glm(extract(traced.module, [*residuals, vector], outputs[:1])) is not None
+    if not kernel:  # which reads what it needs once, and finds its structure in the plain split only
+        residuals = choose_residuals(outputs, tangent, split)
     primal = extract(traced.module, inputs, residuals, keep_random=True)
-    halves = {}
+    halves: dict[str, fx.GraphModule | None] = {}
+    num_recomputed = 0
     for name, wanted in (("hvp", outputs[:1] if hvp else ()), ("mixed", outputs[1:] if hvp else outputs)):
-        halves[name] = extract(traced.module, [*residuals, vector], wanted) if wanted else None
-    return LinearizationGraphs(traced, primal, halves["hvp"], halves["mixed"], targets, len(residuals))
+        half = halves[name] = extract(traced.module, [*residuals, vector], wanted) if wanted else None
+        num_recomputed += 0 if half is None else count_recomputed(half)
+    return LinearizationGraphs(
+        traced,
+        primal,
+        halves["hvp"],
+        over_rows(halves["hvp"], hvps_at_once) if halves["hvp"] is not None and hvps_at_once and not kernel else None,
+        halves["mixed"],
+        targets,
+        len(residuals),
+        total_bytes(residuals),
+        num_recomputed,
+    )

@@ -7,6 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+aten = torch.ops.aten
+
+# Views whose arguments are plain numbers. Both halves of a cut make them for themselves: it costs nothing, and keeps
+# visible that two values are one (a matrix and its transpose).
+_VIEWS = {
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+}
+
 
 def dependents(root: fx.Node) -> set[fx.Node]:
     """Return `root` and every node that depends on it, the output node excepted."""
@@ -21,7 +33,7 @@ def dependents(root: fx.Node) -> set[fx.Node]:
 
 
 def residuals_of(outputs: Sequence[fx.Node], tangent: set[fx.Node]) -> list[fx.Node]:
-    """Return the nodes outside `tangent` that the tangent half reads, in graph order.
+    """Return the nodes outside `tangent` that the tangent half reads, in graph order; not views of them.
 
     An output that does not depend on the vector at all (a product that is identically zero) is a residual itself.
     """
@@ -32,54 +44,9 @@ def residuals_of(outputs: Sequence[fx.Node], tangent: set[fx.Node]) -> list[fx.N
         if node in seen:
             continue
         seen.add(node)
-        if node in tangent:
+        if node in tangent or (node.target in _VIEWS and node not in outputs):
             stack.extend(node.all_input_nodes)
         elif node.op != "get_attr":  # constants are copied into each half instead
             needed.add(node)
     graph = outputs[0].graph
     return [n for n in graph.nodes if n in needed]
-
-
-def extract(
-    module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], *, keep_random: bool = False
-) -> fx.GraphModule:
-    """Copy the part of a graph that computes `outputs` from `inputs`.
-
-    Args:
-        module: The functional graph.
-        inputs: Nodes that become placeholders, in this order.
-        outputs: Nodes that are returned as a tuple, in this order.
-        keep_random: Keep every random node, used or not. Two graphs of one loss draw the same masks from the same
-            generator state only if both draw all of them.
-
-    Returns:
-        A new module that shares the constants of `module`.
-    """
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        copied[node] = graph.placeholder(node.name)
-        copied[node].meta = dict(node.meta)
-    needed: set[fx.Node] = set()
-    roots = list(outputs)
-    if keep_random:
-        roots += [n for n in module.graph.nodes if draws_random(n)]
-    stack = roots
-    while stack:
-        node = stack.pop()
-        if node not in needed and node not in copied:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    for node in module.graph.nodes:
-        if node in needed:
-            assert node.op != "placeholder", f"{node} is needed but is no input of the extracted graph"
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
-    graph.output(tuple(copied[n] for n in outputs))
-    graph.lint()
-    return fx.GraphModule(module, graph)
-
-
-def draws_random(node: fx.Node) -> bool:
-    """Whether a node of a traced graph draws random numbers."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

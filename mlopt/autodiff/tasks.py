@@ -22,7 +22,7 @@ from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph
 from mlopt.autodiff.linearization import LinearizationGraphs
 from mlopt.autodiff.trace import Outputs, TracedGraph, trace
 from mlopt.capture.record import InputRole, LossGraph
-from mlopt.passes import run_default_passes
+from mlopt.passes import ONE_TASK, run_default_passes
 
 Combine = Callable[[torch.Tensor], torch.Tensor]
 
@@ -115,10 +115,15 @@ def linearization_over_tasks(
     if graphs.hvp is not None:
         combines: list[Combine] = [axis.combine_for(loss.problem)]
         hvp = _over_tasks(graphs.hvp, [*residuals, own], dims, combines).module
+        if loss.problem in axis.with_tasks:  # a kernel that finds its structure in one task runs them side by side
+            hvp.meta[ONE_TASK] = graphs.hvp
     if graphs.mixed is not None:
         combines = [axis.combine_for(r) for r in graphs.targets]
         mixed = _over_tasks(graphs.mixed, [*residuals, own], dims, combines).module
-    return dataclasses.replace(graphs, traced=primal, primal=primal.module, hvp=hvp, mixed=mixed)
+    num_bytes = graphs.residual_bytes * axis.num_tasks
+    return dataclasses.replace(
+        graphs, traced=primal, primal=primal.module, hvp=hvp, mixed=mixed, residual_bytes=num_bytes
+    )
 
 
 def _over_tasks(

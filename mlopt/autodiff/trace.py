@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlopt.capture.guard import ShapeGuard
-from mlopt.passes import has_writes, remove_fresh_writes_pass
+from mlopt.passes import has_writes, remove_fresh_writes_pass, size_hint
 
 Outputs = list[torch.Tensor | torch.SymInt | torch.SymFloat | None]
 
@@ -65,9 +64,8 @@ def trace(
     shape_env = ShapeEnv()
     fake_mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     examples = [_fake(fake_mode, t, dims) for t, dims in zip(inputs, dynamic_dims, strict=True)]
-    # Fused attention has no second derivative, and oneDNN's recurrent layers have none that can be traced: both are
-    # recorded as elementary operations. (Convolutions are not affected: their kernel is chosen when the graph runs.)
-    with fake_mode, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _without_onednn():
+    # Fused attention has no second derivative: it is recorded as elementary operations.
+    with fake_mode, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         module = make_fx(lambda *xs: tuple(function(list(xs))))(*examples)
         remove_fresh_writes_pass(module)
         if has_writes(module):
@@ -90,7 +88,7 @@ def keep_random_layout(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target is not torch.ops.aten.bernoulli.p:
             continue
-        strides = [s.node.hint if isinstance(s, torch.SymInt) else s for s in node.args[0].meta["val"].stride()]
+        strides = [size_hint(s) for s in node.args[0].meta["val"].stride()]
         order = sorted(range(len(strides)), key=lambda d: -strides[d])
         if order == list(range(len(strides))):
             continue
@@ -105,17 +103,6 @@ def keep_random_layout(module: fx.GraphModule) -> fx.GraphModule:
     module.graph.lint()
     module.recompile()
     return module
-
-
-@contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Switch oneDNN off; `torch.backends.mkldnn.flags` would also set its TF32 mode, which warns without Intel GPUs."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dims: frozenset[int]) -> torch.Tensor:

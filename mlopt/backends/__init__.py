@@ -6,33 +6,42 @@ import os
 import threading
 import warnings
 
+from mlopt import ops
 from mlopt.backends import inductor
 from mlopt.backends.base import AbstractBackend, Compiled, Lowering
 from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
+from mlopt.backends.inductor.cache import machine
+from mlopt.backends.native import NativeBackend
+from mlopt.backends.steps import Changing, StepsOutcome, run_steps
 from mlopt.errors import BackendWarning
 
 __all__ = [
     "AbstractBackend",
+    "Changing",
     "Compiled",
     "EagerBackend",
     "InductorBackend",
     "Lowering",
+    "NativeBackend",
+    "StepsOutcome",
     "background_backend",
     "get_backend",
+    "machine",
+    "run_steps",
 ]
 
-_NAMES = ("auto", "eager", "inductor")
+_NAMES = ("auto", "eager", "inductor", "native")
 
 
 def get_backend(name: str, cache_dir: str | os.PathLike[str] | None = None) -> AbstractBackend:
     """Return the backend of this name.
 
-    ``"auto"`` stands for what ``$MLOPT_BACKEND`` says. Unset, it is ``"inductor"`` with a measurement per graph where
-    that can be used, and ``"eager"`` elsewhere.
+    ``"auto"`` stands for what ``$MLOPT_BACKEND`` says. Unset, it is whatever is fastest, by a measurement per graph, of
+    what can be used here: ``"inductor"``, ``"native"`` (not with ``MLOPT_KERNELS=0``), ``"eager"``.
 
     Args:
-        name: ``"auto"``, ``"eager"`` or ``"inductor"``.
+        name: ``"auto"``, ``"eager"``, ``"inductor"`` or ``"native"``.
         cache_dir: Where compiled graphs are kept; default: ``$MLOPT_CACHE_DIR``, else ``~/.cache/mlopt``.
 
     Raises:
@@ -46,22 +55,36 @@ def get_backend(name: str, cache_dir: str | os.PathLike[str] | None = None) -> A
         raise ValueError(f"compile, argument `backend`: expected one of {', '.join(map(repr, _NAMES))}, got {name!r}")
     if name == "eager":
         return EagerBackend()
+    if name == "native":
+        if ops.available():
+            return NativeBackend(EagerBackend(), cache_dir)
+        return _without(name, "the native extension of mlopt is not built")
     lacking = inductor.missing()
-    if lacking is None:
-        return InductorBackend(cache_dir, measure=measure)
-    if name == "inductor":
-        warnings.warn(
-            f"backend='inductor' cannot be used: {lacking}. Graphs run by the eager backend, with the same results",
-            BackendWarning,
-            stacklevel=3,
-        )
+    if lacking is not None and name == "inductor":
+        return _without(name, lacking)
+    chosen = EagerBackend() if lacking is not None else InductorBackend(cache_dir, measure=measure)
+    return _with_kernels(chosen, cache_dir) if name == "auto" else chosen
+
+
+def _with_kernels(backend: AbstractBackend, cache_dir: str | os.PathLike[str] | None) -> AbstractBackend:
+    if not ops.available() or os.environ.get("MLOPT_KERNELS") == "0":
+        return backend
+    return NativeBackend(backend, cache_dir, name=backend.name)
+
+
+def _without(name: str, lacking: str) -> AbstractBackend:
+    warnings.warn(
+        f"backend={name!r} cannot be used: {lacking}. Graphs run by the eager backend, with the same results",
+        BackendWarning,
+        stacklevel=4,
+    )
     return EagerBackend()
 
 
 def background_backend(
     cache_dir: str | os.PathLike[str] | None, cancelled: threading.Event, *, measure: bool
 ) -> AbstractBackend | str:
-    """Return a backend that compiles beside a training run, or what it lacks here.
+    """Return the backend of ``"auto"`` that compiles beside a training run, or what it lacks here.
 
     Args:
         cache_dir: Where compiled graphs are kept.
@@ -69,4 +92,6 @@ def background_backend(
         measure: Keep whichever of eager and compiled is faster, per graph.
     """
     lacking = inductor.missing()
-    return lacking if lacking is not None else InductorBackend(cache_dir, measure=measure, cancelled=cancelled)
+    if lacking is not None:
+        return lacking
+    return _with_kernels(InductorBackend(cache_dir, measure=measure, cancelled=cancelled), cache_dir)

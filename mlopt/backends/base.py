@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import fx
@@ -25,6 +26,10 @@ class Compiled(Protocol):
     """
 
     @property
+    def is_kernel(self) -> bool:
+        """Whether `native_operator` returns a kernel of its own, rather than a way to call the graph."""
+
+    @property
     def lowering(self) -> Lowering:
         """What became of the graph."""
 
@@ -39,11 +44,31 @@ class Compiled(Protocol):
             hole: Position of the vector.
         """
 
+    def native_steps(
+        self,
+        arguments: Sequence[Any],
+        feedback: Sequence[tuple[int, int]],
+        batch: Sequence[int],
+        numbers: Sequence[int],
+    ) -> Any:
+        """Return the graph as a native loop over its own results, or None if it is not native.
+
+        Args:
+            arguments: The arguments of the first call.
+            feedback: See `mlopt.backends.steps.Changing`.
+            batch: See there.
+            numbers: See there.
+
+        Returns:
+            ``mlopt._C.Steps``, and a function ``(arguments, what the package computed) -> what the graph returns``.
+        """
+
 
 class AbstractBackend(abc.ABC):
     """Lowers graphs."""
 
     name: str
+    compiles = False  # whether graphs become machine code; what pays only then is left out otherwise
 
     def prepare(  # noqa: B027 - a backend without a slow part has nothing to prepare
         self, modules: Sequence[fx.GraphModule], progress: Callable[[int, int], None] = lambda done, total: None
@@ -57,6 +82,13 @@ class AbstractBackend(abc.ABC):
 
     def seal(self) -> None:  # noqa: B027 - see above
         """Say that training begins: from now on lowering must be quick, at the price of slower graphs."""
+
+    def copy_cache(self, directory: Path) -> None:  # noqa: B027 - see above
+        """Copy what the graphs lowered so far have in a cache on disk into another cache.
+
+        Args:
+            directory: The other cache, as ``cache_dir`` of a backend.
+        """
 
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Whether `lower` returns quickly for this graph."""

@@ -19,6 +19,8 @@ class EagerGraph:
         note: Why it runs eagerly, where something else was asked for.
     """
 
+    is_kernel = False
+
     def __init__(self, module: fx.GraphModule, note: str = "") -> None:
         self.lowering = Lowering("eager", note)
         self._forward = module.forward
@@ -29,6 +31,10 @@ class EagerGraph:
             return self._forward(*arguments)
 
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
+        """None: the graph is Python."""
+        return None
+
+    def native_steps(self, *_: Any) -> Any:
         """None: the graph is Python."""
         return None
 

@@ -8,6 +8,7 @@ constants inside and gives a wrong gradient, not an error, so the assumptions ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,6 +28,15 @@ class ShapeGuard:
         self._ndims = [x.ndim for x in examples]
         fakes = [x for x in examples if isinstance(x, FakeTensor)]
         self._expression = shape_env.produce_guards_expression(fakes, ignore_static=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the environment behind: an expression is evaluated without it."""
+        return {"ndims": self._ndims, "expression": self._expression}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take an environment that knows nothing."""
+        self._shape_env = ShapeEnv()
+        self._ndims, self._expression = state["ndims"], state["expression"]
 
     def accepts(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether sizes and strides of `tensors` satisfy the assumptions (dtypes and devices are not compared)."""

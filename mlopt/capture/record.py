@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -92,3 +94,37 @@ class LossGraph:
     def positions(self, role: InputRole, problem: str | None = None) -> list[int]:
         """Return the input positions of one role, optionally of one problem."""
         return [i for i, x in enumerate(self.inputs) if x.role is role and (problem is None or x.problem == problem)]
+
+    def live(self, position: int) -> torch.Tensor:
+        """Return the live tensor of an input that is not the batch's."""
+        tensor = self.inputs[position].tensor
+        assert tensor is not None
+        return tensor
+
+    def bind(
+        self, batch: Sequence[torch.Tensor], values: Mapping[int, torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the tensors to call a graph of this loss with.
+
+        Args:
+            batch: The tensors of the batch.
+            values: ``id`` of a live tensor -> what to take in its place.
+        """
+        from_batch = iter(batch)
+        values = values or {}
+        bound = []
+        for x in self.inputs:
+            if x.role is InputRole.BATCH:
+                bound.append(next(from_batch))
+            else:
+                assert x.tensor is not None
+                bound.append(values.get(id(x.tensor), x.tensor))
+        return bound
+
+    def named_metrics(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Return all metrics as `training_step` returned them, given those that are outputs of the graph."""
+        named = {
+            m.name: v.item() if m.is_number and isinstance(v, torch.Tensor) else v
+            for m, v in zip(self.metrics, values, strict=True)
+        }
+        return {**self.constant_metrics, **named}

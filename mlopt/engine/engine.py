@@ -124,8 +124,9 @@ class Engine:
             while self.step < self.steps:
                 if self._warming is not None:
                     self._warming.poll()
-                results = self.plan.step()
-                self.step += 1
+                count = self._steps_to_next_look()
+                results = self.plan.run(count)
+                self.step += count
                 self._latest.update(results)
                 for callback in self._callbacks:
                     callback.on_step_end(self, results)
@@ -135,10 +136,17 @@ class Engine:
                 if self._validate is not None and (last or self.step % self._validate_every == 0):
                     self._record("", self._validate() or {})
                 bar.set_postfix(self._shown, refresh=False)
-                bar.update()
+                bar.update(count)
         for callback in self._callbacks:
             callback.on_end(self)
         return self.history
+
+    def _steps_to_next_look(self) -> int:
+        """Return how many steps may be made before anything of the engine's looks at the program."""
+        if any(type(c).on_step_end is not Callback.on_step_end for c in self._callbacks):
+            return 1
+        intervals = [self._log_every] + ([self._validate_every] if self._validate is not None else [])
+        return min(self.steps - self.step, *(interval - self.step % interval for interval in intervals))
 
     def _log(self) -> None:
         for problem, result in self._latest.items():

@@ -63,6 +63,13 @@ class AbstractEstimator(abc.ABC):
         """Return the most products with H [N, N] that one solve makes (for the cost column of ``explain()``)."""
         return 0
 
+    def hvps_at_once(self, size: int) -> int:
+        """Return how many products `solve` asks for in one call of ``operator.mm``, for which a graph is then made.
+
+        It may ask for fewer, and for more, which are then made in so many calls. 0: it multiplies one by one.
+        """
+        return 0
+
     def check(self, problem: str, size: int) -> None:  # noqa: B027 - optional for subclasses
         """Refuse a lower problem with N parameters that this estimator cannot serve (called by ``compile``).
 

@@ -66,6 +66,10 @@ class CG(AbstractEstimator):
             rtol=self.rtol,
         )
 
+    def hvps_at_once(self, size: int) -> int:
+        """Those of the preconditioner."""
+        return 0 if self.preconditioner is None else self.preconditioner.hvps_at_once(size)
+
     def max_hvps(self, size: int) -> int:
         """One product per step, one for the residual of a warm start, and those of the preconditioner."""
         sketch = 0 if self.preconditioner is None else self.preconditioner.max_hvps(size)

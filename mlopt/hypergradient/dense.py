@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from mlopt.hypergradient.base import AbstractEstimator, check_count, check_number
-from mlopt.linalg import AbstractLinearOperator, DampedOperator, Solution, dense
+from mlopt.linalg import ROWS_AT_ONCE, AbstractLinearOperator, DampedOperator, Solution, dense
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -51,6 +51,10 @@ class Dense(AbstractEstimator):
         if self.damping:
             operator = DampedOperator(operator, self.damping)
         return dense(operator, cotangent)
+
+    def hvps_at_once(self, size: int) -> int:
+        """As many rows of the unit matrix as `AbstractLinearOperator.as_matrix` takes."""
+        return min(ROWS_AT_ONCE, size)
 
     def max_hvps(self, size: int) -> int:
         """One product per parameter."""

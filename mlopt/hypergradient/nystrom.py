@@ -44,6 +44,10 @@ class Nystrom(AbstractEstimator):
         """Solve for q; see `mlopt.linalg.nystrom`."""
         return nystrom(operator, cotangent, rank=self.rank, damping=self.damping, seed=self.seed)
 
+    def hvps_at_once(self, size: int) -> int:
+        """All of them."""
+        return min(self.rank, size)
+
     def max_hvps(self, size: int) -> int:
         """One product per rank, at most N."""
         return min(self.rank, size)

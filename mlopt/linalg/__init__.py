@@ -9,6 +9,7 @@ never a loss or a problem. Usable on their own::
 from mlopt.linalg.lanczos import extreme_eigenvalues
 from mlopt.linalg.native import native_callback
 from mlopt.linalg.operator import (
+    ROWS_AT_ONCE,
     AbstractLinearOperator,
     BlockOperator,
     DampedOperator,
@@ -28,6 +29,7 @@ from mlopt.linalg.solvers import (
 )
 
 __all__ = [
+    "ROWS_AT_ONCE",
     "AbstractLinearOperator",
     "BlockOperator",
     "DampedOperator",

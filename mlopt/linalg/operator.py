@@ -10,6 +10,9 @@ import torch
 
 from mlopt.linalg.native import native_damped
 
+# How many products a matrix is made of at once, unless told otherwise.
+ROWS_AT_ONCE = 256
+
 
 class AbstractLinearOperator(abc.ABC):
     """A square linear map on vectors of N elements, or T such maps side by side.
@@ -37,7 +40,7 @@ class AbstractLinearOperator(abc.ABC):
         """Apply the operator to each row of [K, N]; returns a new [K, N]."""
         return torch.stack([self.mv(row) for row in rows]) if len(rows) else torch.empty_like(rows)
 
-    def as_matrix(self, chunk_size: int = 256) -> torch.Tensor:
+    def as_matrix(self, chunk_size: int = ROWS_AT_ONCE) -> torch.Tensor:
         """Materialize the operator as [N, N], or [T, N, N] with blocks, by N products.
 
         Args:
@@ -97,6 +100,7 @@ class BlockOperator(AbstractLinearOperator):
         blocks: T.
         dtype: Dtype of the vectors.
         device: Device of the vectors.
+        native: The same as `function` in C++ (see `mlopt.linalg.native`), or None.
     """
 
     def __init__(
@@ -107,8 +111,10 @@ class BlockOperator(AbstractLinearOperator):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        native: Any = None,
     ) -> None:
         self._function = function
+        self.native = native
         self.size, self.blocks, self.dtype, self.device = size, blocks, dtype, torch.device(device)
 
     def mv(self, vector: torch.Tensor) -> torch.Tensor:

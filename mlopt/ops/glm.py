@@ -2,8 +2,9 @@
 
 Logistic and softmax regression, hyper-cleaning, linear heads. The curvature of ``sum_i s_i loss_i(z_i)`` in W is
 ``H V = X^T f(X V)`` with f acting on every row: ``f(u)_i = s_i d_i * u_i`` (kind ``"diagonal"``) or
-``f(u)_i = s_i p_i * (u_i - p_i . u_i)`` (kind ``"softmax"``, p the probabilities). Every product reads X once, and
-whole solves are one call.
+``f(u)_i = s_i p_i * (u_i - p_i . u_i)`` (kind ``"softmax"``, p the probabilities), or, for losses in general,
+``f(u)_i = s_i (a_i * u_i + b_i (g_i . u_i))`` (kind ``"rank_one"``) and ``f(u)_i = s_i B_i u_i`` (kind ``"block"``).
+Every product reads X once, and whole solves are one call.
 
 Shapes: X is [n, D], or [T, n, D] for T independent tasks. Parameters are [D, C] with a bias [C], after a leading [T] if
 X has one; right-hand sides of solves may be several, [K, D, C] or [T, K, D, C]. A bias behaves as one more feature that
@@ -130,8 +131,8 @@ def glm_hvp(
         x: [T?, n, D].
         v: [T?, K?, D, C].
         v_bias: [T?, K?, C], for a model with a bias.
-        kind: ``"diagonal"`` or ``"softmax"``, see the top of this module.
-        curvature: d, [T?, n] or [T?, n, C]; or p, [T?, n, C].
+        kind: ``"diagonal"``, ``"softmax"``, ``"rank_one"`` or ``"block"``, see the top of this module.
+        curvature: d, [T?, n] or [T?, n, C]; p, [T?, n, C]; (a, b, g), [T?, n, 3, C]; or B, [T?, n, C, C].
         weights: s, [T?, n]; 1 by default.
         reg: Curvature of a separable regularizer: [], [T], [D, C] or [T, D, C]; 0 by default.
         reg_bias: The same for the bias: [], [T], [C] or [T, C].
@@ -416,11 +417,14 @@ def _sizes(
 def _curvature(
     sizes: _Sizes, kind: str, curvature: torch.Tensor, weights: _Optional, reg: _Optional, reg_bias: _Optional
 ) -> tuple[Any, ...]:
-    if kind not in ("diagonal", "softmax"):
-        raise ValueError(f'{sizes.op}: expected kind "diagonal" or "softmax", got {kind!r}')
     rows = (*sizes.lead, sizes.num_rows)
+    num_classes = sizes.num_classes
+    tails = {"diagonal": (num_classes,), "softmax": (num_classes,), "rank_one": (3, num_classes)}
+    tails["block"] = (num_classes, num_classes)
+    if kind not in tails:
+        raise ValueError(f"{sizes.op}: expected kind {', '.join(map(repr, tails))}, got {kind!r}")
     per_row = kind == "diagonal" and curvature.ndim == len(rows)
-    sizes.check(curvature=curvature, shape=rows if per_row else (*rows, sizes.num_classes))
+    sizes.check(curvature=curvature, shape=rows if per_row else (*rows, *tails[kind]))
     sizes.check(weights=weights, shape=rows)
     return kind, curvature, weights, *_regularizer(sizes, reg, reg_bias)
 

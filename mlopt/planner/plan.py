@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator
 from mlopt.planner.adjoint import plan_hypergradient
-from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, ReverseSteps, Solve
+from mlopt.planner.instructions import HYPERGRADIENT, Gradient, Instruction, MixedProduct, ReverseSteps, Solve, Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ProductNeeds:
         mixed: Targets of exact mixed products.
         read_gradients: Targets of mixed products by finite differences.
         curvature: What the Hessian products are products with; see `AbstractEstimator.curvature`.
+        hvps_at_once: How many Hessian products are made by one call; 0 if all are made one by one.
     """
 
     cotangents: tuple[str, ...] = ()
@@ -29,6 +30,7 @@ class ProductNeeds:
     mixed: tuple[str, ...] = ()
     read_gradients: tuple[str, ...] = ()
     curvature: str = "hessian"
+    hvps_at_once: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,10 @@ class ProblemPlan:
         estimator: How a problem above differentiates this problem's optimum.
         rolled_back: Problems that repeat their unroll after this problem's step, lowest first.
         reached: Names of its parameters that a lower loss reads, through which the hypergradient is more than direct.
+        is_whole: Whether a step is no more than the gradient of its own loss on one batch and the update, so that one
+            graph can make it.
+        runs_ahead: Whether steps of it may follow each other in one run until a problem above steps: it is a lowest
+            one whose steps nothing logs or reads in between.
     """
 
     name: str
@@ -56,6 +62,8 @@ class ProblemPlan:
     estimator: AbstractEstimator
     rolled_back: tuple[str, ...]
     reached: frozenset[str]
+    is_whole: bool = False
+    runs_ahead: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +108,14 @@ def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | Non
     reads = {name: list(graph.reads(name)) for name in order}
     levels = graph.levels()
     problems = []
+    planned = {name: plan_hypergradient(name, order, reads, estimators) for name in order}
+    # Steps that are made again need a record of each.
+    recorded = {i.problem for instructions in planned.values() for i in instructions if isinstance(i, ReverseSteps)}
+    recorded |= {below for name in order if graph.problems[name].roll_back for below in graph.below(name)}
     for name in order:
-        instructions = plan_hypergradient(name, order, reads, estimators)
+        instructions = planned[name]
+        whole = all(isinstance(i, Update) or (isinstance(i, Gradient) and not i.cotangents) for i in instructions)
+        whole = whole and graph.problems[name].gradient_accumulation == 1
         reached = {
             parameter
             for i in instructions
@@ -119,6 +133,8 @@ def plan_program(graph: Graph, estimators: Mapping[str, AbstractEstimator] | Non
                 estimator=estimators[name],
                 rolled_back=tuple(graph.below(name)) if graph.problems[name].roll_back else (),
                 reached=frozenset(reached),
+                is_whole=whole,
+                runs_ahead=whole and not graph.lowers(name) and name not in recorded,
             )
         )
     return ExecutionPlan(tuple(problems), {name: _needs(name, problems) for name in order})
@@ -128,13 +144,15 @@ def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
     cotangents: list[str] = []
     mixed: list[str] = []
     read_gradients: list[str] = []
-    hvp, curvature = False, "hessian"
+    hvp, curvature, at_once = False, "hessian", 0
+    size = next(p.size for p in problems if p.name == name)
     for instruction in (i for p in problems for i in p.instructions if i.problem == name):
         if isinstance(instruction, Gradient):
             cotangents += [r for r, _ in instruction.cotangents]
         elif isinstance(instruction, Solve):
             if instruction.estimator.uses_hvp:
                 hvp, curvature = True, instruction.estimator.curvature
+                at_once = max(at_once, instruction.estimator.hvps_at_once(size))
         elif isinstance(instruction, ReverseSteps):
             hvp = True
             mixed += [r for r, _ in instruction.targets]
@@ -146,4 +164,5 @@ def _needs(name: str, problems: Sequence[ProblemPlan]) -> ProductNeeds:
         tuple(dict.fromkeys(mixed)),
         tuple(dict.fromkeys(read_gradients)),
         curvature,
+        at_once,
     )

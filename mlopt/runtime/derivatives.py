@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,19 +21,24 @@ from mlopt.autodiff import (
     GradientGraph,
     LinearizationGraphs,
     ReadGradientGraph,
+    SplitPolicy,
+    StepGraph,
     TaskAxis,
+    draws_random,
+    fits,
     gradient_graph,
     gradient_over_tasks,
     linearization_graphs,
     linearization_over_tasks,
     read_gradient_graph,
     read_gradient_over_tasks,
+    replace_layers,
 )
-from mlopt.autodiff.split import draws_random
 from mlopt.backends import AbstractBackend, Compiled, Lowering
-from mlopt.capture import InputRole, LossGraph
+from mlopt.capture import LossGraph
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
+from mlopt.runtime.steps import CompiledStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +76,7 @@ class AbstractLinearization(abc.ABC):
         """Return ``(d2g/dr dtheta)^T q`` [N_r] for each planned target r."""
 
     def native_hvp(self) -> Any:
-        """Return ``v -> H v`` as a native operator (see `mlopt.linalg.native`), or None."""
+        """Return ``v -> H v`` [N], or [T, N] with tasks, as a native operator (see `mlopt.linalg.native`), or None."""
         return None
 
 
@@ -142,6 +148,7 @@ class AbstractDerivatives(abc.ABC):
     """Derivatives of one problem's loss on batches of one kind, at the live parameters."""
 
     is_random: bool
+    step: CompiledStep | None = None  # the whole optimizer step, where there is a graph of it
 
     @abc.abstractmethod
     def at(self, values: Mapping[int, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
@@ -178,6 +185,7 @@ class DerivativeGraphs:
     linearization: LinearizationGraphs | None
     read_gradient: ReadGradientGraph | None
     has_tasks: bool = False
+    step: StepGraph | None = None
 
     def modules(self) -> dict[str, torch.fx.GraphModule]:
         """Return the graphs by name, in the order they are used."""
@@ -186,10 +194,14 @@ class DerivativeGraphs:
             found["primal"] = self.linearization.primal
             if self.linearization.hvp is not None:
                 found["hvp"] = self.linearization.hvp
+            if self.linearization.hvps is not None:
+                found["hvps"] = self.linearization.hvps
             if self.linearization.mixed is not None:
                 found["mixed"] = self.linearization.mixed
         if self.read_gradient is not None:
             found["read gradient"] = self.read_gradient.traced.module
+        if self.step is not None:
+            found["step"] = self.step.module
         return found
 
 
@@ -199,6 +211,7 @@ def differentiate(
     layouts: Mapping[str, FlatLayout],
     needs: ProductNeeds,
     axis: TaskAxis | None = None,
+    split: SplitPolicy = SplitPolicy(),  # noqa: B008 - it is immutable
 ) -> DerivativeGraphs:
     """Build the graphs of the derivatives that the program needs.
 
@@ -208,16 +221,27 @@ def differentiate(
         layouts: Flat layouts of all problems by name.
         needs: The derivatives that are used.
         axis: The loss's task axis, if it has one.
+        split: How second-order products are split into halves.
     """
-    whole = inputs = bind_inputs(loss, batch)
+    loss = dataclasses.replace(loss, module=replace_layers(loss.module))
+    whole = inputs = loss.bind(batch.tensors)
     if axis is not None:
+        if split.budget is not None:
+            split = dataclasses.replace(split, budget=split.budget // axis.num_tasks)
         dims = axis.input_dims(loss)
         inputs = [t if d is None else t[0] for t, d in zip(whole, dims, strict=True)]
     single = {name: layout.of_one_task for name, layout in layouts.items()}
     linearization = read_gradient = None
     if needs.hvp or needs.mixed:
         linearization = linearization_graphs(
-            loss, inputs, single, hvp=needs.hvp, targets=needs.mixed, curvature=needs.curvature
+            loss,
+            inputs,
+            single,
+            hvp=needs.hvp,
+            targets=needs.mixed,
+            curvature=needs.curvature,
+            hvps_at_once=0 if axis else needs.hvps_at_once,
+            split=split,
         )
     if needs.read_gradients:
         read_gradient = read_gradient_graph(loss, inputs, single, needs.read_gradients)
@@ -233,42 +257,25 @@ def differentiate(
     return DerivativeGraphs(loss, gradient, linearization, read_gradient, has_tasks=axis is not None)
 
 
-def bind_inputs(loss: LossGraph, batch: Batch, values: Mapping[int, torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Return the tensors to call a graph of this loss with: the live ones (or `values`), and the batch's."""
-    from_batch = iter(batch.tensors)
-    values = values or {}
-    bound = []
-    for x in loss.inputs:
-        if x.role is InputRole.BATCH:
-            bound.append(next(from_batch))
-        else:
-            assert x.tensor is not None
-            bound.append(values.get(id(x.tensor), x.tensor))
-    return bound
-
-
-def _live(loss: LossGraph, position: int) -> torch.Tensor:
-    tensor = loss.inputs[position].tensor
-    assert tensor is not None
-    return tensor
-
-
 class GraphDerivatives(AbstractDerivatives):
     """Derivatives by captured graphs, lowered by a backend."""
 
     def __init__(self, graphs: DerivativeGraphs, backend: AbstractBackend) -> None:
         self.graphs = graphs
+        self.backend = backend
         self._loss = graphs.loss
         modules = graphs.modules()
         backend.prepare([module for module in modules.values() if not backend.is_prepared(module)])
         self._call = {name: backend.lower(module) for name, module in modules.items()}
+        if graphs.step is not None:
+            self.step = CompiledStep(graphs.step, graphs.loss, self._call["step"])
         self._values: Mapping[int, torch.Tensor] = {}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
 
     def adopt(self, other: GraphDerivatives) -> None:
         """Run the same graphs as another object does from now on; nothing that was linearized before may be in use."""
-        assert other.graphs is self.graphs, "other graphs, not another backend"
-        self._call = other._call
+        assert other.graphs.gradient is self.graphs.gradient, "other graphs, not another backend"
+        self.graphs, self.backend, self.step, self._call = other.graphs, other.backend, other.step, other._call
 
     def lowerings(self) -> dict[str, Lowering]:
         """Return what became of each graph."""
@@ -293,37 +300,40 @@ class GraphDerivatives(AbstractDerivatives):
 
     def gradient(self, batch: Batch) -> GradientResult:
         """Run the gradient graph."""
-        inputs = bind_inputs(self._loss, batch, self._values)
+        inputs = self._loss.bind(batch.tensors, self._values)
         graph, loss = self.graphs.gradient, self._loss
         outputs = list(self._call["gradient"](*inputs))
         ends = list(itertools.accumulate([1, len(loss.metrics), len(graph.own), len(graph.cotangents)]))
         (value,), metrics, own, cotangents, buffers = (
             outputs[a:b] for a, b in itertools.pairwise([0, *ends, len(outputs)])
         )
-        named = {
-            m.name: v.item() if m.is_number and isinstance(v, torch.Tensor) else v
-            for m, v in zip(loss.metrics, metrics, strict=True)
-        }
         return GradientResult(
             loss=value,
-            metrics={**loss.constant_metrics, **named},
+            metrics=loss.named_metrics(metrics),
             own=own,
             cotangents=dict(zip(graph.cotangents, cotangents, strict=True)),
-            buffers=[(_live(loss, i), v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
+            buffers=[(loss.live(i), v) for i, v in zip(graph.written_buffers, buffers, strict=True)],
         )
 
     def linearize(self, batch: Batch) -> AbstractLinearization:
         """Run the primal graph."""
-        graphs = self.graphs.linearization
-        assert graphs is not None, f"the plan of {self._loss.problem} needs no linearization"
-        residuals = self._call["primal"](*bind_inputs(self._loss, batch, self._values))
-        return _GraphLinearization(residuals, self._call, graphs)
+        return self.linearization_of(self.residuals(batch))
+
+    def residuals(self, batch: Batch) -> Sequence[Any]:
+        """Return what the primal graph hands over to the products: tensors, and sizes."""
+        assert self.graphs.linearization is not None, f"the plan of {self._loss.problem} needs no linearization"
+        return self._call["primal"](*self._loss.bind(batch.tensors, self._values))
+
+    def linearization_of(self, residuals: Sequence[Any]) -> AbstractLinearization:
+        """Return the products of what `residuals` returned."""
+        assert self.graphs.linearization is not None, f"the plan of {self._loss.problem} needs no linearization"
+        return _GraphLinearization(residuals, self._call, self.graphs.linearization)
 
     def read_gradient(self, batch: Batch, own: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the read-gradient graph."""
         graph = self.graphs.read_gradient
         assert graph is not None, f"the plan of {self._loss.problem} needs no read gradient"
-        outputs = self._call["read gradient"](*bind_inputs(self._loss, batch, self._values), own)
+        outputs = self._call["read gradient"](*self._loss.bind(batch.tensors, self._values), own)
         return dict(zip(graph.targets, outputs, strict=True))
 
 
@@ -333,12 +343,46 @@ class _GraphLinearization(AbstractLinearization):
         self._call = call
         self._targets = graphs.targets
         self._hvp_graph = graphs.hvp
+        self._hvps_graph = graphs.hvps
+
+    @functools.cached_property
+    def _operator(self) -> Any:
+        """The native operator of this point."""
+        call = self._call["hvp"]
+        return call.native_operator([*self._residuals, None], len(self._residuals))
+
+    @functools.cached_property
+    def _kernel(self) -> Any:
+        """The native operator, if it is a kernel: then it is the product, wherever one is asked for."""
+        call = self._call["hvp"]
+        operator = self._operator if call.is_kernel else None
+        return operator if call.is_kernel else None  # it may have measured, and decided otherwise
+
+    @functools.cached_property
+    def _rows_at_once(self) -> int:
+        """How many products the graph of several makes; 0 if there is none for these sizes."""
+        if self._hvps_graph is None or not fits(self._hvps_graph, self._residuals):
+            return 0
+        *_, rows = (n for n in self._hvps_graph.graph.nodes if n.op == "placeholder")
+        return int(rows.meta["val"].shape[0])
 
     def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        if self._kernel is not None:
+            return self._kernel.apply(vector) if vector.ndim == 1 else self._kernel.apply_rows(vector)
         (product,) = self._call["hvp"](*self._residuals, vector)
         return product
 
     def hvps(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._kernel is not None:
+            return self._kernel.apply_rows(rows)
+        if self._rows_at_once:
+            num = self._rows_at_once
+            parts = []
+            for part in rows.split(num):
+                padded = part if len(part) == num else torch.cat([part, part.new_zeros(num - len(part), part.shape[1])])
+                (products,) = self._call["hvps"](*self._residuals, padded)
+                parts.append(products[: len(part)])
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         # vmap needs torch operations, so it takes the graph itself whatever the backend made of it.
         graph = self._hvp_graph
         assert graph is not None
@@ -346,7 +390,7 @@ class _GraphLinearization(AbstractLinearization):
             return torch.func.vmap(lambda v: graph(*self._residuals, v)[0])(rows)
 
     def native_hvp(self) -> Any:
-        return self._call["hvp"].native_operator([*self._residuals, None], len(self._residuals))
+        return self._operator
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mlopt import ops
-from mlopt.autodiff import FlatLayout
+from mlopt.autodiff import FlatLayout, scale_gradients
 from mlopt.autodiff.update import OptimizerState, update_factor
 from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
@@ -39,9 +39,11 @@ from mlopt.runtime.derivatives import (
 )
 from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
-from mlopt.runtime.rng import frozen_random_state, get_random_state
+from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
+from mlopt.runtime.schedule import mark_stepped
 from mlopt.runtime.state import ProblemState, Sample
+from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
 
 Derive = Callable[[str, Batch], AbstractDerivatives]
@@ -56,12 +58,26 @@ class Pass:
     solutions: dict[str, Solution] = dataclasses.field(default_factory=dict)
     result: GradientResult | None = None
     samples: tuple[Sample, ...] = ()
-    left_out: bool = False  # a step that was not finite, and changed nothing
 
     def add(self, slot: str, value: torch.Tensor) -> None:
         """Add a vector into a slot; an empty slot takes it over."""
         present = self.slots.get(slot)
         self.slots[slot] = value if present is None else present + value
+
+
+@dataclasses.dataclass
+class Made:
+    """What became of one step.
+
+    Attributes:
+        results: Loss and metrics.
+        interrupt: Ctrl-C, if it came when the step was made.
+        left_out: It was not finite, and changed nothing.
+    """
+
+    results: dict[str, Any]
+    interrupt: BaseException | None = None
+    left_out: bool = False
 
 
 class _NoProducts(AbstractLinearization):
@@ -91,6 +107,12 @@ class Executor:
         seen: For each problem, the others whose tensors its step depends on in any way (default: what its loss has
             derivatives for); their past values are needed to make a step again.
         quiet: Do not warn of solves that end badly.
+
+    Attributes:
+        keep_gradients: See `Plan.keep_gradients`.
+        seen: As given.
+        histories: Of problems whose steps are differentiated, the last of these.
+        unrolls: Of problems that roll the ones below them back, the steps below since their last one.
     """
 
     def __init__(
@@ -109,14 +131,14 @@ class Executor:
         self.layouts = layouts
         self.states = {name: ProblemState(streams[name]) for name in problems}
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
+        self.keep_gradients = False
         self.check = StepCheck(plan, problems)
+        self.seen = {name: tuple((seen or {}).get(name, plan[name].reads)) for name in problems}
         self._derive = derive
         self._quiet = quiet
-        self._unrolls: dict[str, Unroll] = {}  # of problems that roll the ones below them back
-        self._histories = {
-            i.problem: History(
-                problems[i.problem], [problems[r] for r in (seen or {}).get(i.problem, plan[i.problem].reads)], i.steps
-            )
+        self.unrolls: dict[str, Unroll] = {}
+        self.histories = {
+            i.problem: History(problems[i.problem], [problems[r] for r in self.seen[i.problem]], i.steps)
             for i in sorted(
                 (i for p in plan.problems for i in p.instructions if isinstance(i, ReverseSteps)), key=lambda i: i.steps
             )
@@ -125,88 +147,164 @@ class Executor:
 
     def is_due(self, name: str) -> bool:
         """Whether a problem steps now: its lower problems have made their steps since its last one."""
-        state = self.states[name]
         for lower in self.plan[name].lowers:
-            problem, made = self.problems[lower], self.states[lower].num_steps
-            since = made - max(state.steps_seen.get(lower, 0), problem.warmup_steps)
-            if since < problem.unroll_steps:
+            if self.states[lower].num_steps - self.unroll_start(name, lower) < self.problems[lower].unroll_steps:
                 return False
         return True
 
+    def unroll_start(self, name: str, lower: str) -> int:
+        """Return the step of a lower problem from which its steps count for the next one of `name`."""
+        return max(self.states[name].steps_seen.get(lower, 0), self.problems[lower].warmup_steps)
+
+    def derivatives(self, name: str, batch: Batch) -> AbstractDerivatives:
+        """Return the derivatives of a problem that are valid for a batch."""
+        return self._derive(name, batch)
+
+    def compiled_step(self, name: str, derivatives: AbstractDerivatives) -> CompiledStep | None:
+        """Return the compiled step if it is what the live optimizer would do now."""
+        step = derivatives.step
+        if step is None or self.keep_gradients or not step.is_used():
+            return None
+        self._set_hyperparameters(name)
+        return step if step.accepts() else None
+
     def step(self, name: str) -> dict[str, Any]:
         """Make one optimizer step of a problem; return its loss and metrics."""
+        try:
+            return self._step(name)
+        except Exception as error:
+            error.add_note(f"(in step {self.states[name].num_steps + 1} of problem {name!r})")
+            raise
+
+    def _step(self, name: str) -> dict[str, Any]:
         state = self.states[name]
         count = self.problems[name].gradient_accumulation
         batches = state.stream.ahead(count)
+        self._start_inner_loop(name)
         self._begin_unrolls(name)
-        run = self._step_on(name, [Sample(b) for b in batches])
-        assert run.result is not None
+        samples: Sequence[Sample] = [Sample(b) for b in batches]
+        made = self._step_on(name, samples)
         state.stream.advance(count)
         state.num_steps += 1
         state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
-        if not run.left_out:
+        if not made.left_out:
             for unroll in self._open_unrolls(name):
                 unroll.steps.append((name, state.samples))
-        unroll_below = self._unrolls.pop(name, None)
-        if unroll_below is not None and not run.left_out:
+        unroll_below = self.unrolls.pop(name, None)
+        interrupt = made.interrupt
+        if unroll_below is not None and not made.left_out:
             unroll_below.restore()
             for lower, count in collections.Counter(n for n, _ in unroll_below.steps).items():
-                if lower in self._histories:
-                    self._histories[lower].rewind(count)
+                if lower in self.histories:
+                    self.histories[lower].rewind(count)
             for lower, samples in unroll_below.steps:
-                self._step_on(lower, samples)
-        return {"loss": run.result.loss, **run.result.metrics}
+                interrupt = self._step_on(lower, samples).interrupt or interrupt
+        if interrupt is not None:
+            raise interrupt
+        return made.results
 
-    def _step_on(self, name: str, samples: Sequence[Sample]) -> Pass:
+    def _step_on(self, name: str, samples: Sequence[Sample]) -> Made:
         """Make one optimizer step on given micro-batches, with their random numbers if they have been used."""
+        if self.plan[name].is_whole:
+            made = self._step_compiled(name, samples[0])
+            if made is not None:
+                return made
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
         gradients = self.total_gradient(name, run)
+        results = {"loss": run.result.loss, **run.result.metrics}
         if not self.check.passes(name, run, gradients):
-            run.left_out = True
             self.guesses = {key: guess for key, guess in self.guesses.items() if key[0] != name}
-            return run
-        if name in self._histories:
+            return Made(results, left_out=True)
+        if name in self.histories:
             indirect = self.layouts[name].split(run.slots[HYPERGRADIENT]) if HYPERGRADIENT in run.slots else None
             extra = (
                 None
                 if indirect is None
                 else [None if total is None else part for total, part in zip(gradients, indirect, strict=True)]
             )
-            self._histories[name].record(run.samples, extra)
+            self.histories[name].record(run.samples, extra)
         self.states[name].samples = run.samples
         with torch.no_grad():
             for live, value in run.result.buffers:
                 live.copy_(value)
         self._update(name, gradients)
-        return run
+        return Made(results)
+
+    def _step_compiled(self, name: str, sample: Sample) -> Made | None:
+        """Make one step by its compiled graph; None if there is none, or if it failed and nothing was changed."""
+        derivatives = self._derive(name, sample.batch)
+        compiled = self.compiled_step(name, derivatives)
+        if compiled is None:
+            return None
+        with frozen_random_state(sample.random_state):
+            before = get_random_state(self.layouts[name].device) if derivatives.is_random else None
+            samples = (Sample(sample.batch, before),)
+            if name in self.histories:
+                self.histories[name].record(samples, None)
+            guard = self.check.guard
+            outcome = compiled.run([sample.batch], [compiled.settings()], finite_only=guard is not None)
+            if outcome.num_steps == 0 and before is not None:
+                set_random_state(before)
+        if outcome.num_steps == 0:
+            if name in self.histories:
+                self.histories[name].rewind(1)
+            if outcome.error is None:
+                return None  # not finite: the step by itself will tell where it begins
+            if not isinstance(outcome.error, Exception):
+                raise outcome.error
+            compiled.give_up(str(outcome.error))
+            return None
+        if guard is not None:
+            guard.accept(name)
+        self.states[name].samples = samples
+        scheduler = self.problems[name].scheduler
+        if scheduler is not None:
+            mark_stepped(self.problems[name].optimizer)
+            scheduler.step()
+        assert outcome.outputs is not None
+        return Made(compiled.metrics(outcome.outputs), outcome.error)
 
     def snapshot(self) -> Callable[[], None]:
         """Copy what steps change; return a function that puts it back. Counters and batches go on."""
         copies = [Snapshot(problem) for problem in self.problems.values()]
         guesses = dict(self.guesses)
-        ends = {name: history.end for name, history in self._histories.items()}
+        ends = {name: history.end for name, history in self.histories.items()}
 
         def restore() -> None:
             for copy in copies:
                 copy.restore()
             self.guesses = dict(guesses)
-            self._unrolls.clear()
-            for name, history in self._histories.items():
+            self.unrolls.clear()
+            for name, history in self.histories.items():
                 history.rewind(history.end - ends[name])
 
         return restore
 
+    def _start_inner_loop(self, name: str) -> None:
+        """Run the user's hook if a problem is about to make the first step of an unroll."""
+        problem = self.problems[name]
+        since_warmup = self.states[name].num_steps - problem.warmup_steps
+        starts = since_warmup >= 0 and since_warmup % problem.unroll_steps == 0
+        if since_warmup == 0 and problem.warmup_steps:
+            starts = False  # the warm-up steps have begun this unroll
+        if self.states[name].num_steps != 0 and not starts:
+            return
+        if "on_inner_loop_start" in problem.step_hooks():
+            problem.on_inner_loop_start()
+            if name in self.histories:
+                self.histories[name].begin()
+
     def _begin_unrolls(self, name: str) -> None:
         """Copy the state below a problem that rolls back, if `name` is about to make the first step of an unroll."""
         for upper in self.plan.problems:
-            if name in upper.rolled_back and upper.name not in self._unrolls:
+            if name in upper.rolled_back and upper.name not in self.unrolls:
                 below = {lower: self.problems[lower] for lower in upper.rolled_back}
                 if all(self.states[lower].num_steps >= problem.warmup_steps for lower, problem in below.items()):
-                    self._unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
+                    self.unrolls[upper.name] = Unroll([Snapshot(problem) for problem in below.values()])
 
     def _open_unrolls(self, name: str) -> list[Unroll]:
-        return [self._unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self._unrolls]
+        return [self.unrolls[p.name] for p in self.plan.problems if name in p.rolled_back and p.name in self.unrolls]
 
     def evaluate(self, name: str, batches: Sequence[Batch] | None = None) -> Pass:
         """Run a problem's instructions at the present state, its update excepted; nothing is changed."""
@@ -312,7 +410,7 @@ class Executor:
         def scale(gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             return scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
 
-        reversal = Reversal(problem, self.problems, self.layouts, self._histories[name], self, scale)
+        reversal = Reversal(problem, self.problems, self.layouts, self.histories[name], self, scale)
         return reversal.run(run.slots[instruction.rhs], [r for r, _ in instruction.targets], instruction.steps)
 
     def update_factor(self, name: str) -> torch.Tensor:
@@ -328,12 +426,12 @@ class Executor:
         """Return a problem's Hessian as an operator."""
         layout = self.layouts[name]
         dtype, device, product = layout.dtype, layout.device, linearization.hvp
+        native = linearization.native_hvp()
         if layout.tasks is None:
-            native = linearization.native_hvp()
             return FunctionOperator(
                 product, layout.size, rows=linearization.hvps, dtype=dtype, device=device, native=native
             )
-        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device)
+        return BlockOperator(product, layout.size, layout.tasks, dtype=dtype, device=device, native=native)
 
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
@@ -416,9 +514,21 @@ class Executor:
 
     def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
         problem = self.problems[name]
-        gradients = scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient)
-        for parameter, gradient in zip(problem.trained_parameters().values(), gradients, strict=True):
-            parameter.grad = gradient
+        parameters = list(problem.trained_parameters().values())
+        if "grad_callback" in problem.step_hooks():
+            _set_gradients(parameters, gradients)
+            problem.grad_callback()
+            gradients = [p.grad for p in parameters]
+        _set_gradients(parameters, scale_gradients(gradients, problem.clip_norm, normalize=problem.normalize_gradient))
+        self._set_hyperparameters(name)
+        problem.optimizer_step()
+        problem.param_callback()
+        if problem.scheduler is not None:
+            problem.scheduler.step()
+
+    def _set_hyperparameters(self, name: str) -> None:
+        """Write learned settings into the optimizer's groups."""
+        problem = self.problems[name]
         with torch.no_grad():
             for given, group in zip(problem.hyperparameters_by_group(), problem.optimizer.param_groups, strict=True):
                 for key, value in given.items():
@@ -426,21 +536,8 @@ class Executor:
                         group[key].copy_(value)
                     else:
                         group[key] = float(value)
-        problem.optimizer.step()
-        if problem.scheduler is not None:
-            problem.scheduler.step()
 
 
-def scale_gradients(
-    gradients: list[torch.Tensor | None], clip_norm: float | None, *, normalize: bool
-) -> list[torch.Tensor | None]:
-    """Clip gradients to a common norm, or scale them to it; nothing waits for the device."""
-    present = [g for g in gradients if g is not None]
-    if not present or (clip_norm is None and not normalize):
-        return gradients
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
-    target = 1.0 if clip_norm is None else clip_norm
-    factor = target / torch.where(norm > 0, norm, 1)
-    if not normalize:
-        factor = factor.clamp(max=1)
-    return [None if g is None else g * factor.to(g.dtype) for g in gradients]
+def _set_gradients(parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

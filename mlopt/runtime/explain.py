@@ -8,9 +8,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import fx
 
 from mlopt import ops
-from mlopt.autodiff import FlatLayout
+from mlopt.autodiff import FlatLayout, LinearizationGraphs
 from mlopt.graph import Graph
-from mlopt.planner import ExecutionPlan, Gradient, Instruction, Linearize, MixedProduct, ReverseSteps, Solve, Update
+from mlopt.planner import (
+    ExecutionPlan,
+    Gradient,
+    Instruction,
+    Linearize,
+    MixedProduct,
+    ProblemPlan,
+    ReverseSteps,
+    Solve,
+    Update,
+)
 from mlopt.runtime.derivatives import GraphDerivatives
 
 
@@ -23,9 +33,10 @@ class CompileReport:
         layouts: Flat layouts of all problems.
         seconds: Wall time per stage.
         graphs: Problem -> its compiled derivatives, one entry per capture.
-        residuals: Problem -> how many values the primal half hands to the tangent halves.
+        residuals: Problem -> what the primal half hands to the tangent halves, in words.
         islands: Problem -> why it runs by plain autograd.
         unverified: Problem -> why its derivatives were not compared with plain autograd.
+        eager_updates: Problem -> why its optimizer steps by itself, where one graph could have made the whole step.
     """
 
     backend: str
@@ -34,15 +45,16 @@ class CompileReport:
         default_factory=lambda: {"capture": 0.0, "differentiate": 0.0, "lower": 0.0, "verify": 0.0}
     )
     graphs: dict[str, list[GraphDerivatives]] = dataclasses.field(default_factory=dict)
-    residuals: dict[str, int] = dataclasses.field(default_factory=dict)
+    residuals: dict[str, str] = dataclasses.field(default_factory=dict)
     islands: dict[str, str] = dataclasses.field(default_factory=dict)
     unverified: dict[str, str] = dataclasses.field(default_factory=dict)
+    eager_updates: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, derivatives: GraphDerivatives) -> None:
         """Record the graphs of one capture of a problem."""
         self.graphs.setdefault(name, []).append(derivatives)
         if derivatives.graphs.linearization is not None:
-            self.residuals[name] = derivatives.graphs.linearization.num_residuals
+            self.residuals[name] = _residuals(derivatives.graphs.linearization)
 
     def replace(self, name: str, old: GraphDerivatives, new: GraphDerivatives) -> None:
         """Record that other derivatives took the place of those of one capture."""
@@ -69,6 +81,7 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
         for i, instruction in enumerate(p.instructions, 1):
             cost = _cost(instruction, program)
             lines.append(f"  {i}. {instruction}{f'   [{cost}]' if cost else ''}")
+        lines += _step_lines(p, graph, report)
         lines.append("")
     lines.append("captured graphs (number of calls)")
     rows = []
@@ -77,7 +90,7 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
             label = name if i == 0 else f"{name} (capture {i + 1})"
             modules = derivatives.graphs.modules().items()
             calls = ", ".join(f"{key} {_num_calls(module)}" for key, module in modules)
-            rows.append((label, calls, _residuals(report, name)))
+            rows.append((label, calls, report.residuals.get(name, "")))
     lines += _table(rows)
     lines += _lowering_lines(report)
     if report.islands:
@@ -87,6 +100,22 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
     lines += [f"not verified: {name}: {reason}" for name, reason in report.unverified.items()]
     lines.append("compile time: " + ", ".join(f"{stage} {s:.1f} s" for stage, s in report.seconds.items()))
     return "\n".join(lines)
+
+
+def _step_lines(p: ProblemPlan, graph: Graph, report: CompileReport) -> list[str]:
+    """Say whether a step is one compiled graph, and whether several run in one native loop."""
+    steps = [d.step for d in report.graphs.get(p.name, []) if d.step is not None and d.step.is_used()]
+    if not steps:
+        given_up = [d.step.given_up for d in report.graphs.get(p.name, []) if d.step is not None and d.step.given_up]
+        reason = report.eager_updates.get(p.name, "".join(given_up[:1]))
+        return [f"  the optimizer steps by itself: {reason}"] if reason else []
+    optimizer = type(graph.problems[p.name].optimizer).__name__
+    lines = [f"  one graph makes this step: loss, backward and the update of {optimizer}"]
+    if p.runs_ahead and all(step.can_repeat for step in steps):
+        uppers = [q for q in graph.problems if p.name in graph.lowers(q)]
+        most = f"up to {graph.problems[p.name].unroll_steps} of them, " if uppers else "many of them, "
+        lines.append(f"  {most}with nothing due in between, run as one native loop (Plan.run, Engine)")
+    return lines
 
 
 def _lowering_lines(report: CompileReport) -> list[str]:
@@ -159,12 +188,15 @@ def _cost(instruction: Instruction, program: ExecutionPlan) -> str:
     return ""
 
 
-def _residuals(report: CompileReport, name: str) -> str:
-    return (
-        f"{_count(report.residuals[name], 'residual')} kept between primal and tangent"
-        if name in report.residuals
-        else ""
-    )
+def _residuals(graphs: LinearizationGraphs) -> str:
+    size = graphs.residual_bytes
+    unit = next((u for u, scale in _UNITS.items() if size >= scale), "bytes")
+    kept = f"{size / _UNITS[unit]:.3g} {unit}" if unit in _UNITS else f"{size} {unit}"
+    again = f", {_count(graphs.num_recomputed, 'operation')} made again" if graphs.num_recomputed else ""
+    return f"{_count(graphs.num_residuals, 'residual')} ({kept}) kept between primal and tangent{again}"
+
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def _num_calls(module: fx.GraphModule) -> int:

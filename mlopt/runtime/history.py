@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class History:
 
     def record(self, samples: tuple[Sample, ...], extra: list[torch.Tensor | None] | None) -> None:
         """Record the step that the problem is about to make; call before its parameters change."""
-        if self.end % self.interval == 0:
+        if self.end % self.interval == 0 or not self._checkpoints:
             self._checkpoints.append((self.end, self.present_state()))
         settings = [
             {k: _copied(v) for k, v in g.items() if k != "params"} for g in self._problem.optimizer.param_groups
@@ -90,6 +90,12 @@ class History:
         while self._first < self._checkpoints[0][0]:
             self._records.popleft()
             self._first += 1
+
+    def begin(self) -> None:
+        """Forget all records: the problem was reset, so that earlier steps have no influence on later ones."""
+        self._first = self.end
+        self._records.clear()
+        self._checkpoints.clear()
 
     def rewind(self, count: int) -> None:
         """Forget the last records: the steps are about to be made again."""
@@ -126,6 +132,62 @@ class History:
             [p.detach().clone() for p in trained],
             OptimizerState.of(self._problem.optimizer, trained),
             {id(b): b.detach().clone() for b in self._problem.module.buffers()},
+        )
+
+    def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """Return everything that is kept as plain data.
+
+        Args:
+            names: ``id`` of a live parameter or buffer -> its name.
+        """
+
+        def named(values: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {names[key]: value for key, value in values.items()}
+
+        return {
+            "first": self._first,
+            "records": [
+                {
+                    "samples": [s.pack() for s in r.samples],
+                    "settings": r.settings,
+                    "reads": named(r.reads),
+                    "extra": r.extra,
+                }
+                for r in self._records
+            ],
+            "checkpoints": [
+                {
+                    "step": step,
+                    "parameters": state.parameters,
+                    "optimizer": vars(state.optimizer),
+                    "buffers": named(state.buffers),
+                }
+                for step, state in self._checkpoints
+            ],
+        }
+
+    def load_state_dict(
+        self, state: dict[str, Any], ids: Mapping[str, int], sample: Callable[[dict[str, Any]], Sample]
+    ) -> None:
+        """Take over what `state_dict` returned.
+
+        Args:
+            state: The plain data.
+            ids: Name of a live parameter or buffer -> its ``id``.
+            sample: Unpacks a micro-batch.
+        """
+
+        def live(values: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+            return {ids[name]: value for name, value in values.items()}
+
+        self._first, self._values = state["first"], {}
+        self._records = collections.deque(
+            StepRecord(tuple(sample(s) for s in r["samples"]), r["settings"], live(r["reads"]), r["extra"])
+            for r in state["records"]
+        )
+        self._checkpoints = collections.deque(
+            (c["step"], State(c["parameters"], OptimizerState(**c["optimizer"]), live(c["buffers"])))
+            for c in state["checkpoints"]
         )
 
     def _present_reads(self) -> dict[int, torch.Tensor]:

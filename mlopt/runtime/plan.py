@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,15 @@ from mlopt.drawing import write_svg
 from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan
 from mlopt.problem import Problem
+from mlopt.runtime.ahead import AheadRunner
 from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.data import Batch
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 from mlopt.runtime.finite import NonFiniteGuard
+from mlopt.runtime.plan_state import restore, state_of
+from mlopt.runtime.saving.export import export_hypergradient
+from mlopt.runtime.saving.write import save as write_plan
 from mlopt.runtime.warm_up import WarmUp
 
 StepResult = dict[str, dict[str, Any]]
@@ -47,6 +51,7 @@ class Plan:
         self.program = program
         self.num_steps = 0
         self._executor = executor
+        self._ahead = AheadRunner(executor)
         self._report = report
         self._reference = reference
         self._warm_up = warm_up
@@ -64,18 +69,13 @@ class Plan:
             NonFiniteError: The guard (see `set_guard`) found a step that is not finite; or an fp16 problem overflows
                 whatever its loss scale.
         """
-        results: StepResult = {}
-        guard = self._executor.check.guard
-        if guard is not None:
-            guard.begin(self.num_steps + 1, self.graph.problems, self._executor.snapshot)
-        for name in self.graph.problems:
-            if self._executor.is_due(name):
-                results[name] = self._executor.step(name)
-        self.num_steps += 1
-        return results
+        return self._advance(1)
 
     def run(self, num_steps: int) -> StepResult:
-        """Make several global steps.
+        """Make several global steps; what they do is what as many calls of `step` do.
+
+        Where nothing else is due for a while, the steps of a lowest problem run as one native loop (`explain` says
+        which problems can). After Ctrl-C or an error in it, every problem is as its last whole step left it.
 
         Args:
             num_steps: How many, at least 0.
@@ -84,9 +84,46 @@ class Plan:
             The latest result of every problem that stepped.
         """
         latest: StepResult = {}
-        for _ in range(num_steps):
-            latest.update(self.step())
+        while num_steps > 0:
+            count = self._ahead.steps_until_due(num_steps)
+            latest.update(self._advance(count))
+            num_steps -= count
         return latest
+
+    def _advance(self, count: int) -> StepResult:
+        """Make global steps, of which only the last may have other than lowest problems due."""
+        executor = self._executor
+        guard = executor.check.guard
+        if guard is not None:
+            guard.begin(self.num_steps + 1, self.graph.problems, executor.snapshot)
+        if count > 1:
+            lowest = [p.name for p in self.program.problems if not p.lowers]
+            before = {name: executor.states[name].num_steps for name in lowest}
+            try:
+                results = {name: self._ahead.steps(name, count) for name in lowest}
+            except BaseException:
+                self.num_steps += min(executor.states[name].num_steps - before[name] for name in lowest)
+                raise
+        else:
+            lowest, results = [], {}
+        for name in self.graph.problems:
+            if name not in lowest and executor.is_due(name):
+                results[name] = executor.step(name)
+        self.num_steps += count
+        return results
+
+    @property
+    def keep_gradients(self) -> bool:
+        """Whether every step leaves its gradient in ``.grad``, for code that looks at it; False at first.
+
+        A step that is one compiled graph never has the gradient as a tensor and leaves None. True makes all steps by
+        ``optimizer.step()`` on a gradient in ``.grad``. So does a hook on the optimizer, by itself.
+        """
+        return self._executor.keep_gradients
+
+    @keep_gradients.setter
+    def keep_gradients(self, value: bool) -> None:
+        self._executor.keep_gradients = value
 
     def warm_up(self) -> WarmUp | None:
         """Compile in the background what runs by the eager backend.
@@ -148,6 +185,94 @@ class Plan:
             The report; print it.
         """
         return check(self.graph, self._executor, self._reference)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy everything that continuing bit for bit needs.
+
+        Of every problem: parameters and buffers, the ``state_dict`` of optimizer and scheduler, its counters, the
+        micro-batches of its last step with their random numbers, and its position in the data. Of the plan: the
+        solvers' warm starts, the steps that `Unroll` and roll-back keep, and the state of the global random generators
+        (torch's, Python's, NumPy's).
+
+        The position in the data is where the present pass over a loader began (the generators then, and the number of
+        batches taken since) and the batches that were fetched and not yet used. It holds for what yields the same
+        batches from the same generators: lists, and a `DataLoader` with any number of workers over data that is read by
+        index. A loader with a ``state_dict`` of its own is asked for that. Whatever else a loader remembers between two
+        passes is not in there; neither are the modules' training mode and plain attributes of the user's objects.
+
+        Returns:
+            Dicts, lists, tensors and numbers, for ``torch.save`` and ``torch.load(..., weights_only=True)``. A copy:
+            later steps do not change it.
+
+        Raises:
+            DataError: A batch holds a container that cannot be made plain data.
+        """
+        return state_of(self._executor, self.num_steps)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the plan and the user's live objects into a state that `state_dict` returned.
+
+        The steps that follow are bit for bit those that followed ``state_dict()``, with the same data, number of
+        threads and backend. The objects stay the same objects. Going to the position in the data fetches the batches
+        of the present pass again.
+
+        Args:
+            state: From this plan or from one of an equal program, also of another process.
+
+        Raises:
+            StateError: The state is that of another program; names the problem and the tensor.
+            DataError: The data is not that of which the position is.
+        """
+        self.num_steps = restore(self._executor, state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan so that `mlopt.load` runs it in another process, without capturing or compiling.
+
+        The folder holds the program, its graphs for the next batch of every problem and for those of the last steps (in
+        the modules' present training modes and with the present plain values), the compiled packages, and the state:
+        parameters, buffers, optimizers, counters. Data and the code of the problems are not in it. It is written whole
+        or not at all, and takes the place of a plan saved there before.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            SaveError: Part of the plan is the user's code: a problem that runs by plain autograd, hooks around its
+                step, learned optimizer settings; or `path` is something else.
+        """
+        reads = {name: self.graph.reads(name) for name in self.graph.problems}
+        write_plan(path, self._executor, self.program, reads, self._report, self.num_steps)
+
+    def export_hypergradient(self, problem: str | Problem, path: str | os.PathLike[str]) -> None:
+        """Write the hypergradient of a two-level program as machine code that C++ can call without Python.
+
+        The folder holds three AOTInductor packages, compiled for the sizes of the present batches, whose inputs and
+        outputs are contiguous tensors::
+
+            point.pt2: inputs        -> direct gradient [N_u], cotangent v [N], residuals of the products ...
+            hvp.pt2:   residuals, p  -> H p [N]
+            mixed.pt2: residuals, q  -> (d2g/du dtheta)^T q [N_u]
+
+        ``dF/du = direct - mixed(q)`` with ``H q = v``; vectors hold the parameters one after the other. The settings of
+        the solver are metadata of point.pt2, which solves from zero: a warm start is left to the caller. Beside them
+        lie hypergradient.json, which names inputs and parameters in order, and inputs.pt, the present inputs. Each
+        package is checked against the plan's graphs before the folder takes its place. ``examples/cpp`` has a program
+        that evaluates one.
+
+        Args:
+            problem: The upper problem or its name.
+            path: The folder.
+
+        Raises:
+            KeyError: Unknown problem.
+            SaveError: The program has another form (more levels, several lower problems, an estimator other than CG and
+                Neumann, tasks, micro-batches, random numbers), nothing can be compiled here, or `path` is something
+                else.
+        """
+        name = problem.name if isinstance(problem, Problem) else problem
+        if name not in self.graph.problems:
+            raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
+        export_hypergradient(path, self._executor, name)
 
     def explain(self) -> str:
         """Describe the program: problems, edges, what a step of each problem runs, what it costs, what was compiled."""

@@ -1,10 +1,13 @@
-"""Freezing the random number generators, so that every pass of one hypergradient sees the same dropout masks."""
+"""The random number generators: frozen, for the same dropout masks in every pass of one hypergradient, and saved."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -43,3 +46,28 @@ def frozen_random_state(state: RandomState | None) -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
+
+
+def get_all_generators() -> dict[str, Any]:
+    """Return the state of every global generator as plain data: torch's (CPU and CUDA), Python's, and NumPy's."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (kind, keys.tolist(), *rest)
+    return state
+
+
+def set_all_generators(state: dict[str, Any]) -> None:
+    """Put every global generator into a state that `get_all_generators` returned."""
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(value.cpu(), device)
+    numpy = sys.modules.get("numpy")
+    if "numpy" in state and numpy is not None:
+        kind, keys, *rest = state["numpy"]
+        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))

@@ -52,6 +52,26 @@ class Snapshot:
         if self._scheduler is not None:
             self._problem.scheduler.load_state_dict(copy.deepcopy(self._scheduler))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the copies as plain data: tensors by position, optimizer state by the parameter's position."""
+        position = {id(p): i for i, p in enumerate(_held(self._problem))}
+        return {
+            "problem": self._problem.name,
+            "tensors": [value for _, value in self._tensors],
+            "optimizer": {position[id(p)]: state for p, state in self._state.items()},
+            "groups": self._groups,
+            "scheduler": self._scheduler,
+        }
+
+    @classmethod
+    def of_state_dict(cls, problem: Problem, state: dict[str, Any]) -> Snapshot:
+        """Rebuild what `state_dict` returned."""
+        snapshot, held = cls(problem), _held(problem)
+        snapshot._tensors = [(t, value) for (t, _), value in zip(snapshot._tensors, state["tensors"], strict=True)]
+        snapshot._state = {held[i]: entries for i, entries in state["optimizer"].items()}
+        snapshot._groups, snapshot._scheduler = state["groups"], state["scheduler"]
+        return snapshot
+
 
 @dataclasses.dataclass
 class Unroll:
@@ -69,6 +89,10 @@ class Unroll:
         """Return to the start."""
         for snapshot in self.snapshots:
             snapshot.restore()
+
+
+def _held(problem: Problem) -> list[torch.Tensor]:
+    return [p for group in problem.optimizer.param_groups for p in group["params"]]
 
 
 def _copied(value: Any) -> Any:

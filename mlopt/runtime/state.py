@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import torch
+
+from mlopt.capture.packing import unpack
 from mlopt.runtime.data import Batch, BatchStream
 from mlopt.runtime.rng import RandomState
 
@@ -19,6 +23,20 @@ class Sample:
 
     batch: Batch
     random_state: RandomState | None = None
+
+    def pack(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        state = self.random_state
+        return {"batch": self.batch.pack(), "random": None if state is None else [state.cpu, state.cuda]}
+
+    @classmethod
+    def unpack(cls, data: dict[str, Any], stream: BatchStream, device: torch.device) -> Sample:
+        """Rebuild what `pack` returned, on the device of the problem."""
+        batch = stream.flatten(unpack(data["batch"]))
+        if data["random"] is None:
+            return cls(batch)
+        cpu, cuda = data["random"]
+        return cls(batch, RandomState(cpu.cpu(), None if cuda is None else cuda.cpu(), device))
 
 
 @dataclasses.dataclass

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Largest relative difference ||a - b|| / ||b|| of two evaluations that needs no further look. Well below what a mistake
 # in a formula does, and in float64 well above what reordered sums do.
-_TOLERANCES = {
+TOLERANCES = {
     torch.float64: 1e-8,
     torch.float32: 1e-4,
     torch.float16: 3e-2,
@@ -56,6 +56,15 @@ _HALF_NOISE_RATIO = 1.0
 _MOST_HALF_NOISE = 0.2
 
 Products = dict[str | torch.Tensor, torch.Tensor]
+
+
+def tolerance_of(problem: Problem, layout: FlatLayout) -> float:
+    """Return the largest relative difference of two evaluations of a problem that needs no further look."""
+    return max(TOLERANCES.get(d, 1e-8) for d in _computed_in(problem, layout))
+
+
+def _computed_in(problem: Problem, layout: FlatLayout) -> set[torch.dtype]:
+    return {PRECISIONS[problem.precision]} if problem.precision else {*layout.dtypes}
 
 
 def find_disagreement(
@@ -83,9 +92,8 @@ def find_disagreement(
     Returns:
         None if they agree, else one line that names the derivative and the difference.
     """
-    dtypes = {PRECISIONS[problem.precision]} if problem.precision else {*layout.dtypes}
-    tolerance = max(_TOLERANCES.get(d, 1e-8) for d in dtypes)
-    half = bool(dtypes & {*PRECISIONS.values()})
+    tolerance = tolerance_of(problem, layout)
+    half = bool(_computed_in(problem, layout) & {*PRECISIONS.values()})
     limits = (_HALF_NOISE_RATIO, _MOST_HALF_NOISE) if half else (_NOISE_RATIO, _MOST_NOISE)
     state = get_random_state(layout.device)
     with _loss_scale_kept(problem):
@@ -207,6 +215,9 @@ def _products(
                 f"{'Gauss-Newton' if needs.curvature == 'ggn' else 'Hessian'}-vector product",
                 linearization.hvp(vector),
             )
+            if needs.hvps_at_once and vector.ndim == 1:
+                rows = torch.stack([vector, vector.flip(0)])
+                yield "Hessian-vector products at once", linearization.hvps(rows)
         if needs.mixed:
             for name, value in linearization.mixed(vector).items():
                 yield f"mixed product with {name!r}", value

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from mlopt.backends import AbstractBackend
 from mlopt.errors import BackendWarning
-from mlopt.runtime.derivatives import GraphDerivatives
+from mlopt.runtime.derivatives import DerivativeGraphs, GraphDerivatives
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class WarmUp:
     """Compiles derivatives in the background.
 
     Args:
-        derivatives: Problem -> its derivatives, one entry per capture; they run by the eager backend.
+        captures: (problem, derivatives that run by the eager backend, their graphs to compile).
         backend: Compiles them; built with `cancelled`.
         cancelled: Set by `stop`.
         accept: Compares, in the thread that calls `poll`.
@@ -35,13 +35,13 @@ class WarmUp:
 
     def __init__(
         self,
-        derivatives: Mapping[str, Sequence[GraphDerivatives]],
+        captures: Sequence[tuple[str, GraphDerivatives, DerivativeGraphs]],
         backend: AbstractBackend,
         cancelled: threading.Event,
         accept: Accept,
         done: Callable[[AbstractBackend], None],
     ) -> None:
-        self._live = [(name, d) for name, captures in derivatives.items() for d in captures]
+        self._captures = captures
         self._backend = backend
         self._cancelled = cancelled
         self._accept = accept
@@ -67,8 +67,8 @@ class WarmUp:
             return False
         if self._pending is None:
             self._report_failures()
-            pairs = zip(self._live, self._compiled, strict=False)  # after an error there are none
-            self._pending = [(name, live, compiled) for (name, live), compiled in pairs]
+            pairs = zip(self._captures, self._compiled, strict=False)  # after an error there are none
+            self._pending = [(name, live, compiled) for (name, live, _), compiled in pairs]
         changed, waiting = False, []
         for name, live, compiled in self._pending:
             accepted = self._accept(name, live, compiled)
@@ -93,7 +93,7 @@ class WarmUp:
 
     def _compile(self) -> None:
         try:
-            graphs = [live.graphs for _, live in self._live]
+            graphs = [graphs for *_, graphs in self._captures]
             self._backend.prepare([module for g in graphs for module in g.modules().values()])
             if not self._cancelled.is_set():
                 self._compiled = [GraphDerivatives(g, self._backend) for g in graphs]

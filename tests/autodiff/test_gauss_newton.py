@@ -13,7 +13,6 @@ from mlopt.autodiff import FlatLayout, linearization_graphs
 from mlopt.capture import capture_loss
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import BatchStream
-from mlopt.runtime.derivatives import bind_inputs
 from mlopt.runtime.reference import AutogradDerivatives
 from tests.capture.loss_kinds import KINDS
 from tests.capture.test_loss_kinds import build
@@ -64,7 +63,7 @@ def products(step, net, *, curvature="ggn", targets=(), fixed=False):
     layouts = {name: FlatLayout.of(name, p.trained_parameters()) for name, p in by_name.items()}
     batch = BatchStream(lower).peek()
     loss = capture_loss(lower, list(by_name.values()), batch.tensors, batch.spec)
-    inputs = bind_inputs(loss, batch)
+    inputs = loss.bind(batch.tensors)
     if fixed:  # recurrent layers cannot be differentiated with free sizes
         object.__setattr__(loss, "dynamic_dims", tuple(frozenset() for _ in loss.inputs))
     graphs = linearization_graphs(loss, inputs, layouts, hvp=True, targets=targets, curvature=curvature)

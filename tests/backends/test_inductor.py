@@ -37,7 +37,7 @@ def cache_dir(tmp_path_factory):
         patch.setenv("MLOPT_COMPILE_JOBS", "2")
         collector = Collector()
         patch.setattr(sys.modules["mlopt.compile"], "get_backend", lambda *args: collector)
-        for make in (make_mlp, make_conv, make_trace):
+        for make in (make_mlp, make_conv, make_trace, make_branching):
             train(make, "eager", None, num_steps=0)
         modules = [*collector.modules, small_graph(), operator_graph()]
         backends.InductorBackend(directory).prepare(modules)
@@ -46,6 +46,8 @@ def cache_dir(tmp_path_factory):
 
 class Collector(backends.EagerBackend):
     """Keeps the graphs that it is given."""
+
+    compiles = True
 
     def __init__(self):
         self.modules = []
@@ -96,7 +98,7 @@ def assert_same_training(make, cache_dir):
 def test_mlp_with_dropout_and_batch_norm_trains_as_eager_does(cache_dir):
     """Dropout: any mask but eager's would show in the first loss. The last batch is smaller: sizes are free."""
     plan = assert_same_training(make_mlp, cache_dir)
-    assert {graph for _, graph in lowerings(plan)} == {"gradient", "primal", "hvp", "mixed"}
+    assert {graph for _, graph in lowerings(plan)} == {"gradient", "primal", "hvp", "mixed", "step"}
 
 
 @needs_compiler
@@ -115,7 +117,9 @@ def test_auto_keeps_the_faster_and_remembers_it(cache_dir, monkeypatch):
     for a, b in zip(got, expected, strict=True):  # timing a dropout graph draws no numbers
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert " us eager, " in plan.explain()
-    monkeypatch.setattr("mlopt.backends.inductor.choice._time", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "mlopt.backends.inductor.choice.least_time", lambda *args, **options: pytest.fail("measured again")
+    )
     again, *_ = train(make_mlp, "auto", cache_dir)
     assert lowerings(again) == lowerings(plan)
 
@@ -143,15 +147,37 @@ def make_conv():
 
 @needs_compiler
 def test_convolutions_with_batch_norm_train_as_eager_does(cache_dir, monkeypatch):
-    """The last batch makes a new capture necessary: torch specializes sizes in second derivatives of convolutions.
-
-    Training is not stopped to compile it.
-    """
+    """The last batch is smaller: one graph holds for both sizes, torch's own second derivatives would not."""
     monkeypatch.setattr(
         backend_module, "compile_jobs", lambda *args, **options: pytest.fail("compiled during training")
     )
-    plan = assert_same_training(make_conv, cache_dir)
+    assert_same_training(make_conv, cache_dir)
+
+
+class ByBatchSize(bilevel.Classifier):
+    def training_step(self, batch):
+        return super().training_step(batch) * (2 if len(batch[0]) < 10 else 1)
+
+
+def make_branching():
+    lower, upper = make_mlp()
+    lower.__class__ = ByBatchSize
+    return lower, upper
+
+
+@needs_compiler
+def test_training_is_not_stopped_to_compile_what_a_later_batch_needs(cache_dir, monkeypatch):
+    """The last batch takes another branch of the user's Python, and is captured when it comes."""
+    _, *expected = train(make_branching, "eager", cache_dir)
+    torch.manual_seed(0)
+    plan = mlopt.compile(mlopt.Graph(list(problems := make_branching())), backend="inductor", cache_dir=cache_dir)
+    monkeypatch.setattr(
+        backend_module, "compile_jobs", lambda *args, **options: pytest.fail("compiled during training")
+    )
+    losses = [torch.stack([r["loss"] for r in plan.step().values()]) for _ in range(6)]
     assert "captured after training had begun" in plan.explain()
+    got = [losses, [t.clone() for p in problems for t in p.module.state_dict().values()]]
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 class Trace(mlopt.Problem):

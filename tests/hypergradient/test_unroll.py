@@ -219,7 +219,7 @@ def test_unrolled_steps_see_the_past_values_of_everything():
 
 def replayed(plan, problem):
     """Make the recorded steps again: they end in the present parameters."""
-    executor, history = plan._executor, plan._executor._histories[problem.name]
+    executor, history = plan._executor, plan._executor.histories[problem.name]
     first, _, state = history.segments(10**6)[0]
     reversal = unroll.Reversal(problem, executor.problems, executor.layouts, history, executor, lambda g: g)
     for number in range(first, history.end):
@@ -421,7 +421,7 @@ def test_unroll_after_roll_back():
     upper.roll_back = True
     plan = mlopt.compile(mlopt.Graph([lower, upper]), progress=False, strict=True)
     plan.run(3)
-    history = plan._executor._histories["classifier"]
+    history = plan._executor.histories["classifier"]
     assert history.end == 3
     values = [history[i].reads[id(next(upper.module.parameters()))] for i in range(3)]
     assert all(torch.equal(v, next(upper.module.parameters())) for v in values)

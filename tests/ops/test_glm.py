@@ -67,7 +67,12 @@ class Case:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype).to(self.device)
 
     def curvatures(self):
-        return [("diagonal", self.diagonal), ("diagonal", self.per_row), ("softmax", self.p)]
+        # Positive semi-definite ones, for solves.
+        rank_one = torch.stack([self.diagonal, self.p, self.p], -2)
+        root = rank_one.new_tensor(range(1, self.classes + 1)) * self.p
+        block = self.diagonal.diag_embed() + root.unsqueeze(-1) * root.unsqueeze(-2)
+        symmetric = [("diagonal", self.diagonal), ("diagonal", self.per_row), ("softmax", self.p)]
+        return [*symmetric, ("rank_one", rank_one), ("block", block)]
 
     def losses(self):
         return [("softmax", self.labels), ("softmax", self.soft), ("logistic", self.soft)]
@@ -110,6 +115,24 @@ def test_hvp(shape, dtype, device):
             expected = reference.glm_hvp(c.x, c.v, v_bias, kind, curvature, weights, reg, reg_bias)
             assert_close(got[0], expected[0], dtype, 10)
             assert got[1] is None if v_bias is None else assert_close(got[1], expected[1], dtype, 10) is None
+
+
+@everywhere
+@shapes
+def test_rows_that_are_not_symmetric(shape, device):
+    """The kernels take any block, and any three vectors, per row."""
+    c = Case(shape, torch.float64, device)
+    for kind, tail in (("rank_one", (3,)), ("block", (c.classes,))):
+        curvature = c.draw(*c.rows, *tail, c.classes)
+        got, _ = ops.glm_hvp(c.x, c.v, kind=kind, curvature=curvature, weights=c.weights)
+        assert_close(got, reference.glm_hvp(c.x, c.v, None, kind, curvature, c.weights, None, None)[0], c.dtype, 10)
+        if kind == "block":  # and the reference is what it says
+            u = torch.matmul(c.x.unsqueeze(-3), c.v) if c.v.ndim > c.x.ndim else c.x @ c.v
+            blocks, weights, x = curvature, c.weights.unsqueeze(-1), c.x
+            if c.v.ndim > c.x.ndim:
+                blocks, weights, x = (t.unsqueeze(len(c.lead)) for t in (blocks, weights, x))
+            expected = x.mT @ (weights * torch.einsum("...ck,...k->...c", blocks, u))
+            assert_close(got, expected, c.dtype, 10)
 
 
 @everywhere

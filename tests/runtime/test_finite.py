@@ -13,6 +13,7 @@ from mlopt.precision import LossScale
 from mlopt.runtime.finite import all_finite, first_non_finite
 from tests.helpers import bilevel
 from tests.helpers.double_backward import flat
+from tests.helpers.steps import GraphBackend, compiled
 
 
 class Classifier(bilevel.Classifier):
@@ -346,3 +347,27 @@ def test_a_plain_loop_agrees_with_the_loss_scale_of_torch():
         assert float(alone.loss_scale.value) == scaler.get_scale()
         torch.testing.assert_close(flat(net.parameters()), flat(twin.parameters()), rtol=1e-4, atol=1e-6)
     assert alone.loss_scale.num_overflows > 0
+
+
+def test_compiled_steps_are_looked_at_too(monkeypatch):
+    """A step that is one graph is made by itself again where it is not finite, which tells where that begins."""
+    found = {}
+    for name, backend in (("graphs", GraphBackend()), ("eager", "eager")):
+        lower, upper = make(unroll_steps=2)[1:]
+        poison(lower)
+        plan = compiled([lower, upper], backend, monkeypatch)
+        (derivatives,) = plan._report.graphs["classifier"]
+        assert (derivatives.step is not None and derivatives.step.is_used()) == (name == "graphs")
+        guard = mlopt.NonFiniteGuard("raise")
+        plan.set_guard(guard)
+        plan.run(2)
+        before = everything(lower, upper)
+        with pytest.raises(NonFiniteError, match=r"'classifier', step 3: tensor 0 of its batch"):
+            plan.run(2)
+        assert same(before, everything(lower, upper))
+        plan.set_guard(mlopt.NonFiniteGuard("skip"))
+        with pytest.warns(NonFiniteWarning):
+            plan.run(4)
+        found[name] = everything(lower, upper)
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b)

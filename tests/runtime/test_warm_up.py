@@ -20,6 +20,8 @@ from tests.helpers.double_backward import flat
 class Counted:
     """An eager graph that says it is compiled, counts its calls, and may be wrong."""
 
+    is_kernel = False
+
     def __init__(self, inner, backend):
         self.inner, self.backend = inner, backend
         self.lowering = Lowering("inductor", "compiled in 1 s")
@@ -32,6 +34,9 @@ class Counted:
         return [x * self.backend.factor if torch.is_tensor(x) and x.is_floating_point() else x for x in outputs]
 
     def native_operator(self, arguments, hole):
+        return None
+
+    def native_steps(self, *arguments):
         return None
 
 
@@ -118,8 +123,9 @@ def test_changes_over_between_steps_with_the_same_numbers(use):
     assert backends(plan) == {"inductor"}
     assert backend.sealed and "graphs run by the stand-in backend" in plan.explain()
     for got, other in zip(problems, expected[1:], strict=True):
-        torch.testing.assert_close(flat(got.module.parameters()), flat(other.module.parameters()), rtol=0, atol=0)
-        torch.testing.assert_close([*got.module.buffers()], [*other.module.buffers()], rtol=0, atol=0)
+        # A step as one graph adds up in another order.
+        torch.testing.assert_close(flat(got.module.parameters()), flat(other.module.parameters()), rtol=1e-12, atol=0)
+        torch.testing.assert_close([*got.module.buffers()], [*other.module.buffers()], rtol=1e-12, atol=0)
 
 
 def test_a_second_run_has_nothing_to_do(use):
@@ -174,7 +180,7 @@ def test_graphs_that_were_not_compiled_are_reported_once(use):
 
     plan, *_ = make()
     backend = use(Refusing())
-    with pytest.warns(BackendWarning, match=r"5 of 5 graphs were not compiled .*\(not compiled: operation foo\)"):
+    with pytest.warns(BackendWarning, match=r"6 of 6 graphs were not compiled .*\(not compiled: operation foo\)"):
         mlopt.Engine(plan, steps=6, warm_up="eager", callbacks=[Release(backend, 2)], progress=False).run()
 
 
@@ -191,7 +197,7 @@ def test_code_that_is_wrong_is_not_used(use):
     expected.run(6)
     plan, got, _ = make(strict=False)
     backend = use(Backend(factor=1.01))
-    with pytest.warns(VerificationWarning, match="'classifier': what was compiled in the background disagrees .* loss"):
+    with pytest.warns(VerificationWarning, match="'(classifier|reweight)': what was compiled in the background disagrees .* loss"):
         mlopt.Engine(plan, steps=6, warm_up="eager", callbacks=[Release(backend, 2)], progress=False).run()
     assert backends(plan) == {"eager"}
     torch.testing.assert_close(flat(got.module.parameters()), flat(lower.module.parameters()), rtol=0, atol=0)

@@ -65,6 +65,7 @@ class InductorBackend(AbstractBackend):
     """
 
     name = "inductor"
+    compiles = True
 
     def __init__(
         self,
@@ -132,6 +133,10 @@ class InductorBackend(AbstractBackend):
     def seal(self) -> None:
         """Compile nothing any more; the cache is still looked at."""
         self._sealed = True
+
+    def copy_cache(self, directory: Path) -> None:
+        """Copy the packages and choices."""
+        self._cache.copy_used(directory)
 
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Whether a graph was found or compiled already."""

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -66,6 +67,7 @@ class DiskCache:
 
     def __init__(self, directory: str | os.PathLike[str] | None) -> None:
         self.directory = (Path(directory) if directory is not None else default_directory()) / "inductor"
+        self._used: set[Path] = set()
 
     def get(self, key: str) -> Entry | None:
         """Return an entry whose package is whole, or None."""
@@ -73,6 +75,7 @@ class DiskCache:
             record = json.loads((self.directory / f"{key}.json").read_text())
             path = self.directory / record["package"]
             if path.name == _package_name(key, _sha256(path)):
+                self._used |= {path, self.directory / f"{key}.json"}
                 return Entry(path, tuple(record["guards"]), float(record["seconds"]))
             problem = "its contents have changed"
         except FileNotFoundError:
@@ -95,6 +98,7 @@ class DiskCache:
         os.replace(package, path)
         record = {"package": path.name, "guards": guards, "seconds": seconds}
         self._write(f"{key}.json", record)
+        self._used |= {path, self.directory / f"{key}.json"}
         return Entry(path, guards, seconds)
 
     def get_choice(self, key: str) -> tuple[str, str] | None:
@@ -103,14 +107,23 @@ class DiskCache:
             backend, figures = json.loads((self.directory / f"{key}.choice").read_text())
         except (OSError, ValueError, TypeError):
             return None
+        self._used.add(self.directory / f"{key}.choice")
         return str(backend), str(figures)
 
     def put_choice(self, key: str, backend: str, figures: str) -> None:
         """Remember it, so that the next run computes the same bits."""
         try:
             self._write(f"{key}.choice", (backend, figures))
+            self._used.add(self.directory / f"{key}.choice")
         except OSError as error:  # a full disk must not stop a training run
             logger.warning("could not write to the cache %s: %s", self.directory, error)
+
+    def copy_used(self, directory: Path) -> None:
+        """Copy the entries that this object has found or made into another cache."""
+        target = DiskCache(directory).directory
+        target.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._used):
+            shutil.copyfile(path, target / path.name)
 
     def _write(self, name: str, value: object) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

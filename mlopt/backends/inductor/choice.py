@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch
 from mlopt.backends.base import Lowering
 from mlopt.backends.inductor.cache import DiskCache
 from mlopt.backends.inductor.lowered import LoweredGraph
-
-_REPEATS = 5
-_ENOUGH = 0.3  # seconds after which no further repeat is made: the difference is then plain
+from mlopt.backends.measure import device_of, least_time
 
 
 class MeasuredGraph:
@@ -27,6 +24,8 @@ class MeasuredGraph:
         key: Its key in the cache.
         cache: Where the choice is remembered.
     """
+
+    is_kernel = False
 
     def __init__(self, lowered: LoweredGraph, key: str, cache: DiskCache) -> None:
         self._lowered = lowered
@@ -57,6 +56,12 @@ class MeasuredGraph:
             self._measure(filled)
         return self._chosen.native_operator(arguments, hole)
 
+    def native_steps(self, arguments: Sequence[Any], *changing: Any) -> Any:
+        """See `Compiled`."""
+        if self._chosen is None:
+            self._measure(arguments)
+        return self._chosen.native_steps(arguments, *changing)
+
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Return what the graph returns."""
         if self._chosen is None:
@@ -64,10 +69,10 @@ class MeasuredGraph:
         return self._chosen(*arguments)
 
     def _measure(self, arguments: Sequence[Any]) -> None:
-        device = next((a.device for a in arguments if isinstance(a, torch.Tensor)), torch.device("cpu"))
+        device = device_of(arguments)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # measuring draws no numbers
-            eager = _time(self._lowered.eager, arguments, device)
-            compiled = _time(self._lowered, arguments, device)
+            eager = least_time(self._lowered.eager, arguments, device)
+            compiled = least_time(self._lowered, arguments, device)
         faster = "inductor" if compiled < eager else "eager"
         figures = f"a call: {eager * 1e6:,.0f} us eager, {compiled * 1e6:,.0f} us compiled"
         self._cache.put_choice(self._key, faster, figures)
@@ -76,17 +81,3 @@ class MeasuredGraph:
     def _choose(self, backend: str, figures: str) -> None:
         self._chosen = self._lowered if backend == "inductor" else self._lowered.eager
         self._figures = figures
-
-
-def _time(function: Any, arguments: Sequence[Any], device: torch.device) -> float:
-    """Return the least of a few timings; the least, because other work on the machine only adds."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    function(*arguments)
-    times: list[float] = []
-    while len(times) < _REPEATS and sum(times) < _ENOUGH:
-        wait()
-        start = time.perf_counter()
-        function(*arguments)
-        wait()
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -40,6 +40,8 @@ class LoweredGraph:
         lowering: As given.
     """
 
+    is_kernel = False
+
     def __init__(self, spec: GraphSpec, plan: CallPlan, entry: Entry, eager: Compiled, lowering: Lowering) -> None:
         extension: Any = importlib.import_module("mlopt._C")
         self.eager = eager
@@ -83,6 +85,25 @@ class LoweredGraph:
             self._fail(error)
             return None
         return operator
+
+    def native_steps(
+        self,
+        arguments: Sequence[Any],
+        feedback: Sequence[tuple[int, int]],
+        batch: Sequence[int],
+        numbers: Sequence[int],
+    ) -> Any:
+        """See `Compiled`."""
+        if self._failed:
+            return None
+        try:
+            steps = self.native.steps(arguments, feedback, batch, numbers)
+            if steps is None and self.accepts(arguments):
+                steps = self.native.steps(arguments, feedback, batch, numbers)
+        except RuntimeError as error:
+            self._fail(error)
+            return None
+        return None if steps is None else (steps, self.native.results)
 
     def _fail(self, error: RuntimeError) -> None:
         """Give the package up: it was compiled for something else than it is given (tracing got a size wrong, say)."""

@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from mlopt import ops
+
 
 class UnsupportedGraphError(Exception):
     """A graph holds something that cannot be handed to Inductor; the text says what."""
@@ -143,10 +145,10 @@ def name_target(target: Any) -> str:
     """Name an operation so that another process finds it.
 
     Raises:
-        UnsupportedGraphError: It is not one of torch's own.
+        UnsupportedGraphError: It is neither one of torch's own nor one of `mlopt.ops`.
     """
     if isinstance(target, torch._ops.OpOverload):
-        if target.namespace not in ("aten", "prims"):
+        if target.namespace not in ("aten", "prims", "mlopt"):
             raise UnsupportedGraphError(f"custom operation {target}")
         return f"op:{target}"
     name = f"{getattr(target, '__module__', '')}:{getattr(target, '__qualname__', '')}"
@@ -180,6 +182,8 @@ def encode(value: Any, refs: dict[fx.Node, Any]) -> Any:
 
 def _find(name: str) -> Callable[..., Any]:
     kind, path = name.split(":")
+    if path.startswith("mlopt."):
+        ops.available()  # registers them
     found: Any = torch.ops if kind == "op" else importlib.import_module(kind)
     for part in path.split("."):
         found = getattr(found, part)

@@ -38,6 +38,12 @@ def glm_hvp(
     if kind == "softmax":
         p = _over_rhs(curvature, u)
         u = p * (u - (p * u).sum(-1, keepdim=True))
+    elif kind == "rank_one":
+        a, b, g = (_over_rhs(part, u) for part in curvature.unbind(-2))
+        u = a * u + b * (g * u).sum(-1, keepdim=True)
+    elif kind == "block":
+        block = curvature.unsqueeze(-4) if v.ndim > x.ndim else curvature
+        u = (block @ u.unsqueeze(-1)).squeeze(-1)
     else:
         per_row = curvature.ndim == x.ndim - 1
         u = _over_rhs(curvature.unsqueeze(-1) if per_row else curvature, u) * u

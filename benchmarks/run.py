@@ -1,0 +1,105 @@
+"""Time of an outer iteration: every method on every problem, results checked equal first.
+
+    python -m benchmarks.run [--problems logistic mlp] [--methods mlopt betty jax] [--threads 1] [--memory] [--out DIR]
+
+An outer iteration is all lower steps between two upper steps, and the upper step with its hypergradient. Methods take
+turns, so a machine that drifts is unfair to none. Ratios are what to quote. Peers are optional:
+``pip install -e ".[bench]"`` for JAX, ``pip install --no-deps betty-ml==0.1.1`` for Betty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from benchmarks import timing
+from benchmarks.measures import Disagreement, check_equal, peak_memory
+from benchmarks.methods import CASES, METHODS, UnavailableError
+from benchmarks.problems import PROBLEMS, BenchmarkProblem
+
+
+def main() -> int:
+    """Run and print; the exit status tells whether all results agree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: what the problem has a target for")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too, each method by itself")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--out", type=Path, help="folder for outer-cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    results, agreed = {}, True
+    for name in args.problems:
+        problem = PROBLEMS[name]
+        print(f"\n{name}: {problem.title}")
+        for method in args.methods:
+            agreed &= _check(problem, method, args)
+        for case in args.cases or problem.targets:
+            results[f"{name} {case}"] = _time(problem, case, args)
+    if args.out:
+        timing.write(args.out / "outer-cpu.json", {**timing.describe("cpu"), "results": results})
+    return 0 if agreed else 1
+
+
+def _check(problem: BenchmarkProblem, method: str, args: argparse.Namespace) -> bool:
+    """Check a method by Neumann series, which all compute alike, and by conjugate gradients."""
+    for case in ("neumann", "cg"):
+        try:
+            difference = check_equal(problem, case, method, smoke=args.smoke)
+        except UnavailableError as error:
+            print(f"  {method}: {error}")
+            return True
+        except Disagreement as error:
+            print(f"  {error}")
+            return False
+        if difference is not None:
+            print(f"  {method} computes what the hand-written program does by {case}: difference {difference:.1e}")
+    return True
+
+
+def _time(problem: BenchmarkProblem, case: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    runners, prepared = {}, {}
+    for method in args.methods:
+        start = time.perf_counter()
+        try:
+            runners[method] = METHODS[method](problem.make(torch.float32, args.smoke), case, problem.name)
+        except UnavailableError:
+            continue
+        runners[method].outer()
+        prepared[method] = time.perf_counter() - start
+    repeats = 2 if args.smoke else args.repeats
+    measured = timing.interleaved({m: r.outer for m, r in runners.items()}, "cpu", repeats=repeats)
+    result = {m: {"seconds": t["median_s"], "prepare_seconds": prepared[m]} for m, t in measured.items()}
+    if args.memory:
+        for method in result:
+            result[method]["peak_mib"] = peak_memory(problem.name, case, method, threads=args.threads, smoke=args.smoke)
+    _print(problem, case, result)
+    return result
+
+
+def _print(problem: BenchmarkProblem, case: str, result: dict[str, dict[str, float]]) -> None:
+    ours = result.get("mlopt", {}).get("seconds")
+    print(f"  {case:<18}{'outer iteration':>16}{'mlopt is':>14}{'first':>10}{'peak memory':>14}")
+    for method, row in result.items():
+        ratio = f"{row['seconds'] / ours:.2f} x" if ours else ""
+        memory = f"{row['peak_mib']:,.0f} MiB" if "peak_mib" in row else ""
+        goal = f"   target {problem.targets[case]} x" if method == "betty" and case in problem.targets else ""
+        print(
+            f"    {method:<16}{row['seconds'] * 1e3:>13,.3f} ms{ratio:>14}{row['prepare_seconds']:>8.1f} s{memory:>14}"
+            f"{goal}"
+        )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.exit(main())

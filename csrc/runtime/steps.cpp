@@ -1,0 +1,77 @@
+#include "steps.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+
+#include "signals.h"
+
+namespace mlopt {
+
+Steps::Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, std::vector<Layout> layouts,
+             StepInputs changing)
+    : package_(std::move(package)),
+      inputs_(std::move(inputs)),
+      layouts_(std::move(layouts)),
+      changing_(std::move(changing)) {}
+
+StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
+                       const at::Tensor& numbers) const {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> inputs = inputs_;
+  std::vector<std::vector<at::Tensor>> fitted;  // in the package's strides: copied once, not once per step
+  for (const auto& batch : batches) {
+    TORCH_CHECK(batch.size() == changing_.batch.size(), "steps: expected ", changing_.batch.size(),
+                " tensors per batch, got ", batch.size());
+    auto& tensors = fitted.emplace_back(batch.size());
+    for (size_t j = 0; j < batch.size(); ++j) {
+      if (changing_.batch[j] < 0) continue;
+      const auto input = static_cast<size_t>(changing_.batch[j]);
+      tensors[j] = package_->fit(input, batch[j], layouts_[input]);
+    }
+  }
+  for (size_t b : order) TORCH_CHECK(b < batches.size(), "steps: no batch ", b);
+  const auto columns = static_cast<int64_t>(changing_.numbers.size());
+  TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.is_contiguous() && numbers.dim() == 2 &&
+                  numbers.size(0) == static_cast<int64_t>(order.size()) && numbers.size(1) == columns,
+              "steps: expected contiguous float64 numbers of shape [", order.size(), ", ", columns, "]");
+  std::vector<std::pair<double*, int64_t>> slots;  // where a number goes, and its column
+  for (int64_t h = 0; h < columns; ++h) {
+    const int64_t input = changing_.numbers[static_cast<size_t>(h)];
+    if (input < 0) continue;
+    at::Tensor own = at::empty({}, at::dtype(at::kDouble));  // the caller's is not written
+    slots.emplace_back(own.mutable_data_ptr<double>(), h);
+    inputs[static_cast<size_t>(input)] = std::move(own);
+  }
+
+  StepsResult result;
+  SignalPoll poll;
+  size_t present = batches.size();  // none
+  const double* row = numbers.const_data_ptr<double>();
+  try {
+    for (size_t batch : order) {
+      if (batch != present) {
+        present = batch;
+        for (size_t j = 0; j < changing_.batch.size(); ++j)
+          if (changing_.batch[j] >= 0) inputs[static_cast<size_t>(changing_.batch[j])] = fitted[batch][j];
+      }
+      for (const auto& [slot, h] : slots) *slot = row[h];
+      row += columns;
+      std::vector<at::Tensor> computed = package_->run(inputs);
+      std::vector<at::Tensor> fed;
+      fed.reserve(changing_.feedback.size());
+      for (const auto& [output, input] : changing_.feedback)
+        fed.push_back(package_->fit(input, computed.at(output), layouts_[input]));
+      // Nothing can fail between here and the count: either all values are the new ones or none is.
+      for (size_t k = 0; k < fed.size(); ++k) inputs[changing_.feedback[k].second] = std::move(fed[k]);
+      result.computed = std::move(computed);
+      ++result.num_steps;
+      poll();
+    }
+  } catch (...) {
+    result.error = std::current_exception();
+  }
+  for (const auto& pair : changing_.feedback) result.fed.push_back(inputs[pair.second]);
+  return result;
+}
+
+}  // namespace mlopt

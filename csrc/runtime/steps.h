@@ -1,0 +1,49 @@
+// `Steps`: a package whose outputs are its next inputs, run many times without Python in between.
+//
+// The package is one optimizer step of a problem. Nothing is written in place: a step's new values become the next
+// step's inputs by handing over the tensors, and the caller copies the last ones into the live parameters and optimizer
+// state. So an error or Ctrl-C in the middle leaves the values after the last whole step.
+#pragma once
+
+#include <exception>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "package.h"
+
+namespace mlopt {
+
+struct StepsResult {
+  int64_t num_steps = 0;             // whole steps made
+  std::vector<at::Tensor> fed;       // present value of each input that is fed back
+  std::vector<at::Tensor> computed;  // what the package returned in the last whole step; empty if there was none
+  std::exception_ptr error;          // why fewer steps were made than asked for
+};
+
+// Which inputs of the package change from step to step. -1 stands for an argument that the package does not take.
+struct StepInputs {
+  std::vector<std::pair<size_t, size_t>> feedback;  // (output, input): what a step returns and the next one takes
+  std::vector<int64_t> batch;                       // the tensors of a batch
+  std::vector<int64_t> numbers;                     // 0-d float64 tensors
+};
+
+class Steps {
+ public:
+  // inputs: as the package takes them in the first step.
+  Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, std::vector<Layout> layouts,
+        StepInputs changing);
+
+  // batches: each distinct one once; order: which of them each step takes; numbers: [steps, H] float64, a row per step.
+  // Call it without the GIL. What is wrong with the arguments is thrown; what happens in a step is in the result.
+  StepsResult run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
+                  const at::Tensor& numbers) const;
+
+ private:
+  std::shared_ptr<Package> package_;
+  std::vector<at::Tensor> inputs_;
+  std::vector<Layout> layouts_;
+  StepInputs changing_;
+};
+
+}  // namespace mlopt

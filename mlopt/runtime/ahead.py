@@ -1,0 +1,102 @@
+"""Lets a lowest problem run ahead: many of its steps as one native loop, while no other problem is due."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+from mlopt.runtime.execute import Executor
+from mlopt.runtime.schedule import ScheduleAhead
+from mlopt.runtime.state import Sample
+
+# How many batches wait in memory for a native loop: those of a list are there anyway.
+_MOST_STILL, _MOST_FETCHED = 10_000, 64
+
+
+class AheadRunner:
+    """Makes steps of lowest problems several at a time; what they do is what as many single steps do.
+
+    Args:
+        executor: Holds the state, and makes single steps.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def steps_until_due(self, limit: int) -> int:
+        """Return how many global steps may be made by letting every lowest problem make so many steps on its own.
+
+        After fewer steps no other problem would be due. It is 1 where that would change a result: random numbers are
+        drawn by torch's one generator, so only one of all data and losses concerned may draw. It is 1 with a guard,
+        too, which looks at every single step.
+
+        Args:
+            limit: The most that are wanted, at least 1.
+        """
+        plan = self._executor.plan
+        lowest = [p.name for p in plan.problems if not p.lowers]
+        alone = self._executor.keep_gradients or self._executor.check.guard is not None
+        if limit == 1 or alone or not any(plan[name].runs_ahead for name in lowest):
+            return 1
+        streams = {name: self._executor.states[name].stream for name in lowest}
+        compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())
+        for name, stream in streams.items():
+            derivatives = self._executor.derivatives(name, stream.peek())
+            num_drawing += derivatives.is_random
+            compiled |= derivatives.step is not None and derivatives.step.is_used()
+        if num_drawing > 1 or not compiled:
+            return 1
+        for p in plan.problems:
+            wait: float = 1
+            for lower in p.lowers:
+                since = self._executor.states[lower].num_steps - self._executor.unroll_start(p.name, lower)
+                missing = self._executor.problems[lower].unroll_steps - since
+                wait = max(wait, missing if lower in lowest or missing <= 0 else math.inf)
+            if p.lowers:
+                limit = int(min(limit, wait))
+        return limit
+
+    def steps(self, name: str, count: int) -> dict[str, Any]:
+        """Make several optimizer steps of a lowest problem; return loss and metrics of the last."""
+        latest: dict[str, Any] = {}
+        while count > 0:
+            made, latest = self._run_ahead(name, count)
+            count -= made
+        return latest
+
+    def _run_ahead(self, name: str, count: int) -> tuple[int, dict[str, Any]]:
+        """Make the next few of `count` steps, in one loop if that can be; return how many and the last results."""
+        state, problem = self._executor.states[name], self._executor.problems[name]
+        if count == 1 or not self._executor.plan[name].runs_ahead:
+            return 1, self._executor.step(name)
+        batches = state.stream.ahead(min(count, _MOST_STILL if state.stream.is_still else _MOST_FETCHED))
+        derivatives = self._executor.derivatives(name, batches[0])
+        if derivatives.is_random and len(batches) == count:
+            batches.pop()  # the last step is made by itself: hypergradients need the random numbers it began with
+        kind = batches[0].signature()
+        same = {id(b): b.signature() == kind for b in {id(b): b for b in batches}.values()}
+        batches = list(itertools.takewhile(lambda b: same[id(b)], batches))
+        compiled = self._executor.compiled_step(name, derivatives)
+        if compiled is None or not compiled.can_repeat or len(batches) < 2:
+            return 1, self._executor.step(name)
+        schedule = ScheduleAhead.of(problem, compiled, len(batches))
+        if schedule is None or len(schedule.rows) < 2:
+            if schedule is not None:
+                schedule.settle(0)
+            return 1, self._executor.step(name)
+        try:
+            outcome = compiled.run(batches[: len(schedule.rows)], schedule.rows)
+        except BaseException:
+            schedule.settle(0)
+            raise
+        schedule.settle(outcome.num_steps)
+        if outcome.num_steps:
+            state.samples = (Sample(batches[outcome.num_steps - 1]),)
+            state.stream.advance(outcome.num_steps)
+            state.num_steps += outcome.num_steps
+        if outcome.error is not None:
+            if not isinstance(outcome.error, Exception):  # Ctrl-C
+                raise outcome.error
+            compiled.give_up(str(outcome.error))  # what is wrong with this step shows when the loss runs by itself
+        return outcome.num_steps, {} if outcome.outputs is None else compiled.metrics(outcome.outputs)
