@@ -197,7 +197,9 @@ def test_code_that_is_wrong_is_not_used(use):
     expected.run(6)
     plan, got, _ = make(strict=False)
     backend = use(Backend(factor=1.01))
-    with pytest.warns(VerificationWarning, match="'(classifier|reweight)': what was compiled in the background disagrees .* loss"):
+    with pytest.warns(
+        VerificationWarning, match="'(classifier|reweight)': what was compiled in the background disagrees .* loss"
+    ):
         mlopt.Engine(plan, steps=6, warm_up="eager", callbacks=[Release(backend, 2)], progress=False).run()
     assert backends(plan) == {"eager"}
     torch.testing.assert_close(flat(got.module.parameters()), flat(lower.module.parameters()), rtol=0, atol=0)
