@@ -34,7 +34,9 @@ def run(program, *arguments):
 
 
 @pytest.mark.parametrize("name", ["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda"])
-@pytest.mark.parametrize("flags", [(), SANITIZE], ids=["plain", "asan"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), id="plain"), pytest.param(SANITIZE, id="asan", marks=pytest.mark.slow)]
+)
 def test_kernels(tmp_path, name, flags):
     """CPU kernels against plain loops; CUDA kernels, emulated on the host, against the CPU kernels."""
     if flags and cannot_link(tmp_path, flags):
