@@ -23,6 +23,7 @@ from mlopt.backends.inductor.interface import CallPlan, cut_interface
 from mlopt.backends.inductor.lowered import LoweredGraph
 from mlopt.backends.inductor.pool import compile_jobs
 from mlopt.backends.inductor.spec import GraphSpec, UnsupportedGraphError
+from mlopt.backends.inductor.thin import fuse_thin_products
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class InductorBackend(AbstractBackend):
 
     def _cut(self, module: fx.GraphModule, options: tuple[tuple[str, object], ...]) -> _Lowered:
         try:
-            spec, plan = cut_interface(module)
+            spec, plan = cut_interface(fuse_thin_products(module))
         except UnsupportedGraphError as error:
             return _Lowered(error=str(error))
         except Exception as error:  # a graph of a kind never met must not stop the compilation
