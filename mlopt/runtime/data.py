@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -53,6 +54,7 @@ class BatchStream:
         self._cycles, self._fetch = _cycles(problem)
         self._is_still = problem.data is None or (type(problem.data) in (list, tuple) and problem.loaders() is None)
         self._waiting: collections.deque[Batch] = collections.deque()
+        self._last: tuple[Any, Batch] | None = None  # of data that is a list: an entry, and what it was made
 
     @property
     def is_still(self) -> bool:
@@ -75,12 +77,27 @@ class BatchStream:
                 self._waiting.append(self.flatten(fetched))
                 continue
             if id(fetched) not in made:
-                made[id(fetched)] = self.flatten(fetched)
-            self._waiting.append(made[id(fetched)])
+                made[id(fetched)] = self._flatten_entry(fetched)
+            data = self._problem.data
+            times = count - len(self._waiting) if data is None or len(data) == 1 else 1  # type: ignore[arg-type]
+            self._waiting.extend([made[id(fetched)]] * times)
         return list(itertools.islice(self._waiting, count))
+
+    def _flatten_entry(self, entry: Any) -> Batch:
+        """Flatten an entry of a list; a tuple of tensors that are on the device is the same `Batch` every time."""
+        if self._last is not None and self._last[0] is entry:
+            return self._last[1]
+        batch = self.flatten(entry)
+        tensors = batch.tensors
+        if type(entry) is tuple and len(entry) == len(tensors) and all(map(operator.is_, entry, tensors)):
+            self._last = (entry, batch)
+        return batch
 
     def advance(self, count: int) -> None:
         """Use up batches that `ahead` has returned."""
+        if count == len(self._waiting):
+            self._waiting.clear()
+            return
         for _ in range(count):
             self._waiting.popleft()
 
