@@ -39,7 +39,14 @@ void bind_runtime(py::module& m) {
   py::class_<GlmOperator, LinearOperator, std::shared_ptr<GlmOperator>>(m, "GlmOperator")
       .def(py::init<const at::Tensor&, const std::string&, const at::Tensor&, const at::Tensor&, int64_t, bool,
                     std::optional<at::Tensor>>());
-  m.def("cg_loop", &cg_loop, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cg_solve",
+      [](LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
+         double rtol, int64_t max_steps, int64_t check_every) {
+        const CgResult made = cg_solve(a, b, start, rtol, max_steps, check_every);
+        return std::make_tuple(made.x, made.state, made.scale);
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("neumann_loop", &neumann_loop, py::call_guard<py::gil_scoped_release>());
 
   py::class_<StepsResult>(m, "StepsResult")

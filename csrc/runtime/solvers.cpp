@@ -1,6 +1,11 @@
 #include "solvers.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "../vector/vector.h"
 #include "../vector/vector_op.h"
@@ -24,16 +29,34 @@ bool any_row_runs(const at::Tensor& state) {
 
 }  // namespace
 
-void cg_loop(LinearOperator& a, at::Tensor x, at::Tensor r, at::Tensor p, at::Tensor state, int64_t max_steps,
-             int64_t check_every) {
+CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
+                  double rtol, int64_t max_steps, int64_t check_every) {
   const at::NoGradGuard no_grad;
   SignalPoll poll;
+  const at::Tensor scale = norm(b);
+  at::Tensor x, r;
+  if (start) {
+    const at::Tensor good = norm(start->second).le(scale).unsqueeze(-1);  // false for a residual that is not finite
+    x = at::where(good, start->first, at::zeros_like(b)).contiguous();
+    r = at::where(good, start->second, b).contiguous();
+  } else {
+    x = at::zeros(b.sizes(), b.options());
+    r = at::empty(b.sizes(), b.options()).copy_(b);
+  }
+  at::Tensor p = r.clone();
+  const at::Tensor rr = dot(r, r), tolerance = at::mul(scale, rtol), tolerance2 = at::mul(tolerance, tolerance);
+  at::Tensor state = at::zeros({b.dim() == 1 ? 1 : b.size(0), kNumColumns}, b.options());
+  state.select(1, kRR).copy_(rr);
+  state.select(1, kTolerance2).copy_(tolerance2);
+  state.select(1, kStatus).copy_(rr.le(tolerance2));  // kConverged is 1
+  if (b.dim() == 1) state = state.squeeze(0);
   at::Tensor workspace = cg_workspace(x);
   for (int64_t step = 0; step < max_steps; ++step) {
     if (step % check_every == 0 && !any_row_runs(state)) break;
     cg_step(x, r, p, product(a, p), state, workspace);
     poll();
   }
+  return {x, state, scale};
 }
 
 void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale) {

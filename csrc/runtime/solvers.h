@@ -1,20 +1,31 @@
-// The loops of the iterative solvers, without Python between their steps.
+// The iterative solvers, without Python between their steps.
 //
-// A loop is all that is here. How a solve starts and what its end means is decided once, for native and other operators
-// alike, in mlopt/linalg/solvers/. Vectors are [N], or K of them as rows of [K, N]; written tensors are contiguous.
+// Conjugate gradients start here, too, because a small solve takes less time than its first lines in Python would; what
+// its end means is decided in mlopt/linalg/solvers/, for native and other operators alike. Vectors are [N], or K of
+// them as rows of [K, N].
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
+#include <utility>
 
 #include "operator.h"
 
 namespace mlopt {
 
-// Steps of conjugate gradients until no row runs any more, looked at every `check_every` steps, or `max_steps`.
-void cg_loop(LinearOperator& a, at::Tensor x, at::Tensor r, at::Tensor p, at::Tensor state, int64_t max_steps,
-             int64_t check_every);
+struct CgResult {
+  at::Tensor x;      // like b, contiguous
+  at::Tensor state;  // [5] or [K, 5], see mlopt/ops/state.py
+  at::Tensor scale;  // ||b||, [] or [K]
+};
+
+// Steps of conjugate gradients until no row runs any more, looked at every `check_every` steps, or `max_steps`. A row
+// runs until ||r|| <= rtol ||b||. `start`: a first guess and its residual; where that is larger than b, zero is the
+// better guess and is used.
+CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
+                  double rtol, int64_t max_steps, int64_t check_every);
 
 // `num_terms - 1` steps of a Neumann series: term -= scale A term; total += term.
 void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale);

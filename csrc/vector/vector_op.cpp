@@ -89,10 +89,6 @@ at::Tensor dot_or_norm(const char* op, const at::Tensor& a_, const at::Tensor& b
   return out;
 }
 
-at::Tensor dot(const at::Tensor& a, const at::Tensor& b) { return dot_or_norm("mlopt::dot", a, b, false); }
-
-at::Tensor norm(const at::Tensor& a) { return dot_or_norm("mlopt::norm", a, a, true); }
-
 void cg_step_(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap, at::Tensor& state) {
   at::Tensor workspace = cg_workspace(x);
   cg_step(x, r, p, ap, state, workspace);
@@ -121,6 +117,14 @@ at::Tensor perturb(const at::Tensor& x_, const at::Tensor& direction_, const at:
   });
   return out;
 }
+
+}  // namespace
+
+at::Tensor dot(const at::Tensor& a, const at::Tensor& b) { return dot_or_norm("mlopt::dot", a, b, false); }
+
+at::Tensor norm(const at::Tensor& a) { return dot_or_norm("mlopt::norm", a, a, true); }
+
+namespace {
 
 void register_kernels(torch::Library& m) {
   m.impl("dot", TORCH_FN(dot));

@@ -6,6 +6,8 @@
 
 namespace mlopt {
 
+at::Tensor dot(const at::Tensor& a, const at::Tensor& b);
+at::Tensor norm(const at::Tensor& a);
 at::Tensor cg_workspace(const at::Tensor& x);
 void cg_step(at::Tensor& x, at::Tensor& r, at::Tensor& p, const at::Tensor& ap, at::Tensor& state,
              at::Tensor& workspace);

@@ -6,6 +6,7 @@ solvers then hand their loop to C++, which does the same steps on the same tenso
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -27,15 +28,21 @@ def native_damped(inner: Any, damping: float) -> Any:
 
 def run_cg(
     operator: Any,
-    x: torch.Tensor,
-    r: torch.Tensor,
-    p: torch.Tensor,
-    state: torch.Tensor,
+    b: torch.Tensor,
+    start: tuple[torch.Tensor, torch.Tensor] | None,
+    rtol: float,
     max_steps: int,
     check_every: int,
-) -> None:
-    """Run the loop of conjugate gradients; writes its tensors like `mlopt.ops.cg_step_`."""
-    _extension().cg_loop(operator, x, r, p, state, max_steps, check_every)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Solve by conjugate gradients, from a first guess and its residual or from zero.
+
+    Returns:
+        x, the state (see `mlopt.ops.CgState`) and ``||b||``.
+    """
+    made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _extension().cg_solve(
+        operator, b, start, rtol, max_steps, check_every
+    )
+    return made
 
 
 def run_neumann(operator: Any, term: torch.Tensor, total: torch.Tensor, num_terms: int, scale: float) -> None:
@@ -43,5 +50,6 @@ def run_neumann(operator: Any, term: torch.Tensor, total: torch.Tensor, num_term
     _extension().neumann_loop(operator, term, total, num_terms, scale)
 
 
+@functools.cache
 def _extension() -> Any:
     return importlib.import_module("mlopt._C")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -38,9 +39,22 @@ _ADVICE = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+class Details(NamedTuple):
+    """What a `Solution` has besides its value."""
+
+    outcomes: torch.Tensor
+    num_steps: torch.Tensor
+    relative_residual: torch.Tensor
+
+
 class Solution:
     """Result of a solve of ``A x = b`` for one or K right-hand sides.
+
+    Args:
+        value: See below, like the rest.
+        outcomes: See below.
+        num_steps: See below.
+        relative_residual: See below.
 
     Attributes:
         value: x, [N] or [K, N].
@@ -50,12 +64,58 @@ class Solution:
             size of its last term over that of b. NaN where the solver does not know it.
     """
 
-    value: torch.Tensor
-    outcomes: torch.Tensor
-    num_steps: torch.Tensor
-    relative_residual: torch.Tensor
+    def __init__(
+        self,
+        value: torch.Tensor,
+        outcomes: torch.Tensor,
+        num_steps: torch.Tensor,
+        relative_residual: torch.Tensor,
+    ) -> None:
+        self.value = value
+        self._details: Details | Callable[[], Details] = Details(outcomes, num_steps, relative_residual)
+        self._outcome: Outcome | None = None
+
+    @classmethod
+    def deferred(cls, value: torch.Tensor, details: Callable[[], Details], outcome: Outcome | None = None) -> Solution:
+        """Make one whose details are computed when somebody asks.
+
+        A small solve takes a few microseconds, as does each tensor operation on its outcome.
+
+        Args:
+            value: x.
+            details: Computes the rest; must not depend on anything that changes.
+            outcome: The worst outcome, if it is known.
+        """
+        made = cls.__new__(cls)
+        made.value, made._details, made._outcome = value, details, outcome
+        return made
+
+    @property
+    def details(self) -> Details:
+        """Outcomes, steps and residuals."""
+        if not isinstance(self._details, Details):
+            self._details = self._details()
+        return self._details
+
+    @property
+    def outcomes(self) -> torch.Tensor:
+        """See above."""
+        return self.details.outcomes
+
+    @property
+    def num_steps(self) -> torch.Tensor:
+        """See above."""
+        return self.details.num_steps
+
+    @property
+    def relative_residual(self) -> torch.Tensor:
+        """See above."""
+        return self.details.relative_residual
 
     @property
     def outcome(self) -> Outcome:
         """The worst outcome over the right-hand sides (waits for the device)."""
-        return Outcome(int(self.outcomes.max())) if self.outcomes.numel() else Outcome.CONVERGED
+        if self._outcome is None:
+            codes = self.outcomes
+            self._outcome = Outcome(int(codes.max())) if codes.numel() else Outcome.CONVERGED
+        return self._outcome

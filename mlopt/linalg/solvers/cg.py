@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from mlopt import ops
 from mlopt.linalg.native import run_cg
 from mlopt.linalg.operator import AbstractLinearOperator
-from mlopt.linalg.solution import Outcome, Solution
+from mlopt.linalg.solution import Details, Outcome, Solution
 
 _OUTCOMES = {
     ops.CgState.RUNNING: Outcome.MAX_STEPS,
@@ -46,34 +47,63 @@ def cg(
     Returns:
         The solution, residuals by recurrence.
     """
-    apply = operator.mv if b.ndim == 1 else operator.mm
     if check_every is None:
         check_every = 1 if b.device.type == "cpu" else 8
+    start = None
+    if x0 is not None:
+        start = x0, b - (operator.mv(x0) if b.ndim == 1 else operator.mm(x0))
+    if operator.native is not None and ops.is_native(b):
+        x, state, scale = run_cg(operator.native, b, start, rtol, max_steps, check_every)
+    else:
+        x, state, scale = _run(operator, b, start, rtol, max_steps, check_every)
+    if b.ndim == 1 and b.device.type == "cpu":  # numbers at hand, and tensor operations would take longer than a step
+        rr, _, status, _, _ = state.tolist()
+        outcome = _OUTCOMES[int(status)] if math.isfinite(rr) else Outcome.NON_FINITE
+        return Solution.deferred(x, lambda: _details(state, scale), outcome)
+    return Solution(x, *_details(state, scale))
+
+
+def _run(
+    operator: AbstractLinearOperator,
+    b: torch.Tensor,
+    start: tuple[torch.Tensor, torch.Tensor] | None,
+    rtol: float,
+    max_steps: int,
+    check_every: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make the steps where there is no native loop; `cg_solve` of csrc/runtime/solvers.cpp does the same.
+
+    Returns:
+        x, the state (see `mlopt.ops.CgState`) and ``||b||``.
+    """
+    apply = operator.mv if b.ndim == 1 else operator.mm
     scale = ops.norm(b)
-    if x0 is None:
+    if start is None:
         x, r = torch.zeros_like(b), b.clone(memory_format=torch.contiguous_format)
     else:
-        x, r = _best_start(x0, b - apply(x0), b, scale)
+        x, r = _best_start(*start, b, scale)
     p = r.clone()
     state = ops.cg_init(r, rtol * scale)
     columns = ops.CgState(state)
-    if operator.native is not None and ops.is_native(x):
-        run_cg(operator.native, x, r, p, state, max_steps, check_every)
-    else:
-        for step in range(max_steps):
-            if step % check_every == 0 and not bool((columns.status == ops.CgState.RUNNING).any()):
-                break
-            ops.cg_step_(x, r, p, apply(p), state)
-    outcomes = _outcome_of_status(b.device)[columns.status.to(torch.int64)]
+    for step in range(max_steps):
+        if step % check_every == 0 and not bool((columns.status == ops.CgState.RUNNING).any()):
+            break
+        ops.cg_step_(x, r, p, apply(p), state)
+    return x, state, scale
+
+
+def _details(state: torch.Tensor, scale: torch.Tensor) -> Details:
+    columns = ops.CgState(state)
+    outcomes = _outcome_of_status(state.device)[columns.status.to(torch.int64)]
     # A residual that is not finite before the first step is never "at or below tolerance" and keeps running.
     outcomes = torch.where(torch.isfinite(columns.rr), outcomes, int(Outcome.NON_FINITE))
     relative = torch.where(scale > 0, columns.rr.sqrt() / torch.where(scale > 0, scale, 1), 0)
-    return Solution(x, outcomes, columns.num_steps.to(torch.int64), relative)
+    return Details(outcomes, columns.num_steps.to(torch.int64), relative)
 
 
 @functools.cache
 def _outcome_of_status(device: torch.device) -> torch.Tensor:
-    """Return the table from `CgState.status` to `Outcome`; one look-up, because a small solve is a few microseconds."""
+    """Return the table from `CgState.status` to `Outcome`."""
     return torch.tensor([int(_OUTCOMES[status]) for status in range(len(_OUTCOMES))], device=device)
 
 
