@@ -41,9 +41,9 @@ from mlopt.runtime.reference import AutogradDerivatives
 from mlopt.runtime.reference_tasks import TaskAutogradDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.verify import find_disagreement
-from mlopt.runtime.verify_step import find_step_disagreement
+from mlopt.runtime.verify_step import find_step_disagreement, find_update_disagreement
 from mlopt.runtime.warm_up import WarmUp
-from mlopt.runtime.whole_step import add_step
+from mlopt.runtime.whole_step import add_updates
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +134,15 @@ class Compiler:
         self.backend.prepare([module for g in graphs for module in g.modules().values()], progress)
         self.report.seconds["lower"] += time.perf_counter() - start
 
-    def derive(self, name: str, batch: Batch) -> AbstractDerivatives:
-        """Return derivatives of a problem's loss that are valid for this batch, compiling them if need be."""
-        key = self._key(name, batch)
+    def derive(self, name: str, batch: Batch, *, checked: bool = False) -> AbstractDerivatives:
+        """Return derivatives of a problem's loss that are valid for this batch, compiling them if need be.
+
+        Args:
+            name: The problem.
+            batch: The batch.
+            checked: No code of the user's has run since the last call, so modules need not be looked at again.
+        """
+        key = self._key(name, batch, checked=checked)
         known = self._known.get(key)
         if known is None:
             known = self._reuse(key, batch) or self._build(name, batch)
@@ -187,11 +193,9 @@ class Compiler:
         return WarmUp([(n, d, self._with_step(n, d.graphs)) for n, d in eager], backend, cancelled, accept, done)
 
     def _with_step(self, name: str, graphs: DerivativeGraphs) -> DerivativeGraphs:
-        """Join the optimizer's step to the gradient where the one is all of the other."""
+        """Join the optimizer's update to the gradients, as far as that can be."""
         assert self.program is not None
-        if not self.program[name].is_whole:
-            return graphs
-        joined = add_step(graphs, self.graph.problems[name], self.layouts[name])
+        joined = add_updates(graphs, self.graph.problems[name], self.layouts[name], self.program[name])
         if isinstance(joined, str):
             self.report.eager_updates[name] = joined
             return graphs
@@ -211,9 +215,9 @@ class Compiler:
         warnings.warn(f"{message}; they go on running eagerly", VerificationWarning, stacklevel=5)
         return False
 
-    def _key(self, name: str, batch: Batch) -> tuple[object, ...]:
+    def _key(self, name: str, batch: Batch, *, checked: bool = False) -> tuple[object, ...]:
         values = tuple([a.current() for a in self._attributes.get(name, ())])
-        return (name, self.guard.modes(), values, *batch.signature())
+        return (name, self.guard.last if checked else self.guard.modes(), values, *batch.signature())
 
     def _reuse(self, key: tuple[Any, ...], batch: Batch) -> AbstractDerivatives | None:
         kind = _kind(key)
@@ -395,7 +399,7 @@ class Compiler:
         if self.axes[name] is not None and derivatives.is_random:
             # What can be checked is that the backend does what the graphs say.
             self.report.unverified[name] = "its tasks draw their random numbers in another order than a loop over them"
-            reference = GraphDerivatives(dataclasses.replace(derivatives.graphs, step=None), EagerBackend())
+            reference = GraphDerivatives(derivatives.graphs.without_updates(), EagerBackend())
         difference = find_disagreement(derivatives, reference, problem, problems, self.layouts[name], needs, batch)
         if difference is None:
             self._verify_step(name, derivatives, batch)
@@ -405,7 +409,7 @@ class Compiler:
             raise VerificationError(message + "; strict=True was given. compile(..., strict=False) uses plain autograd")
         if any(lowering.backend != "eager" for lowering in derivatives.lowerings().values()):
             # Is the graph wrong, or what the backend made of it? Torch calls on a right graph beat plain autograd.
-            eager = GraphDerivatives(dataclasses.replace(derivatives.graphs, step=None), EagerBackend())
+            eager = GraphDerivatives(derivatives.graphs.without_updates(), EagerBackend())
             layout = self.layouts[name]
             if find_disagreement(eager, reference, problem, problems, layout, needs, batch) is None:
                 message += f". The graphs are right and the {self.backend.name} backend is not: they run eagerly"
@@ -417,17 +421,19 @@ class Compiler:
         return reference
 
     def _verify_step(self, name: str, derivatives: GraphDerivatives, batch: Batch) -> None:
-        """Compare the compiled step with the user's optimizer on copies; it is not used if they disagree."""
-        if derivatives.step is None:
+        """Compare what was compiled of the optimizer with it, on copies; it is not used if they disagree."""
+        compiled = derivatives.step or derivatives.update
+        if compiled is None:
             return
-        difference = find_step_disagreement(derivatives, self.graph.problems[name], self.layouts[name], batch)
+        find = find_step_disagreement if derivatives.step is not None else find_update_disagreement
+        difference = find(derivatives, self.graph.problems[name], self.layouts[name], batch)
         if difference is None:
             return
         message = f"problem {name!r}: its compiled step disagrees with its optimizer's own: {difference}"
         if self.strict:
             raise VerificationError(message + "; strict=True was given. compile(..., strict=False) steps the optimizer")
         warnings.warn(message + "; the optimizer is stepped by itself", VerificationWarning, stacklevel=6)
-        derivatives.step.give_up(message)
+        compiled.give_up(message)
         self.report.eager_updates[name] = message
 
 

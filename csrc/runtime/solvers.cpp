@@ -17,7 +17,7 @@ namespace {
 at::Tensor product(LinearOperator& a, const at::Tensor& x) { return x.dim() == 1 ? a.apply(x) : a.apply_rows(x); }
 
 bool any_row_runs(const at::Tensor& state) {
-  const at::Tensor host = state.cpu();
+  const at::Tensor host = state.is_cpu() ? state : state.cpu();
   const auto runs = [&](auto zero) {
     const auto* columns = host.const_data_ptr<decltype(zero)>();
     for (int64_t k = 0; k < host.numel() / kNumColumns; ++k)
@@ -25,6 +25,32 @@ bool any_row_runs(const at::Tensor& state) {
     return false;
   };
   return host.scalar_type() == at::kDouble ? runs(double{}) : runs(float{});
+}
+
+// The state before the first step, [5] or [K, 5]; what mlopt.ops.cg_init makes.
+at::Tensor first_state(const at::Tensor& rr, const at::Tensor& tolerance) {
+  std::vector<int64_t> sizes = rr.sizes().vec();
+  sizes.push_back(kNumColumns);
+  at::Tensor state = at::zeros(sizes, rr.options());
+  if (!rr.is_cpu()) {
+    const at::Tensor tolerance2 = at::mul(tolerance, tolerance);
+    state.select(-1, kRR).copy_(rr);
+    state.select(-1, kTolerance2).copy_(tolerance2);
+    state.select(-1, kStatus).copy_(rr.le(tolerance2));  // kConverged is 1
+    return state;
+  }
+  const auto fill = [&](auto zero) {
+    using T = decltype(zero);
+    T* columns = state.mutable_data_ptr<T>();
+    const T *squares = rr.const_data_ptr<T>(), *tolerances = tolerance.const_data_ptr<T>();
+    for (int64_t k = 0; k < rr.numel(); ++k, columns += kNumColumns) {
+      columns[kRR] = squares[k];
+      columns[kTolerance2] = tolerances[k] * tolerances[k];
+      columns[kStatus] = T(squares[k] <= columns[kTolerance2] ? kConverged : kRunning);
+    }
+  };
+  rr.scalar_type() == at::kDouble ? fill(double{}) : fill(float{});
+  return state;
 }
 
 }  // namespace
@@ -44,12 +70,7 @@ CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<st
     r = at::empty(b.sizes(), b.options()).copy_(b);
   }
   at::Tensor p = r.clone();
-  const at::Tensor rr = dot(r, r), tolerance = at::mul(scale, rtol), tolerance2 = at::mul(tolerance, tolerance);
-  at::Tensor state = at::zeros({b.dim() == 1 ? 1 : b.size(0), kNumColumns}, b.options());
-  state.select(1, kRR).copy_(rr);
-  state.select(1, kTolerance2).copy_(tolerance2);
-  state.select(1, kStatus).copy_(rr.le(tolerance2));  // kConverged is 1
-  if (b.dim() == 1) state = state.squeeze(0);
+  at::Tensor state = first_state(dot(r, r), at::mul(scale, rtol));
   at::Tensor workspace = cg_workspace(x);
   for (int64_t step = 0; step < max_steps; ++step) {
     if (step % check_every == 0 && !any_row_runs(state)) break;

@@ -12,6 +12,7 @@ from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
 from mlopt.autodiff.recompute import Recompute, SplitPolicy
+from mlopt.autodiff.repeat import RepeatedSteps, repeated_steps
 from mlopt.autodiff.rows import fits
 from mlopt.autodiff.scaling import scale_gradients
 from mlopt.autodiff.step import StepGraph, present_gradients, step_graph
@@ -21,6 +22,7 @@ from mlopt.autodiff.tasks import (
     linearization_over_tasks,
     read_gradient_over_tasks,
 )
+from mlopt.autodiff.total_update import TotalUpdateGraph, total_update_graph, with_gradient
 from mlopt.autodiff.trace import TracedGraph
 from mlopt.passes import draws_random
 
@@ -30,9 +32,11 @@ __all__ = [
     "LinearizationGraphs",
     "ReadGradientGraph",
     "Recompute",
+    "RepeatedSteps",
     "SplitPolicy",
     "StepGraph",
     "TaskAxis",
+    "TotalUpdateGraph",
     "TracedGraph",
     "draws_random",
     "fits",
@@ -43,7 +47,10 @@ __all__ = [
     "present_gradients",
     "read_gradient_graph",
     "read_gradient_over_tasks",
+    "repeated_steps",
     "replace_layers",
     "scale_gradients",
     "step_graph",
+    "total_update_graph",
+    "with_gradient",
 ]

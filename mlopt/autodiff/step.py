@@ -6,7 +6,6 @@ differentiated here.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -14,11 +13,12 @@ import torch
 from torch import fx
 
 from mlopt.autodiff.gradient import GradientGraph
+from mlopt.autodiff.join import JoinedGraph, placeholders_of, results_of
 from mlopt.autodiff.scaling import scale_gradients
 from mlopt.autodiff.trace import Outputs, trace
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole, UpdateValue
 from mlopt.errors import UpdateError
-from mlopt.passes import draws_random, remove_dead_nodes_pass
+from mlopt.passes import draws_random
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ class StepGraph:
 
 def present_gradients(gradient: GradientGraph, num_metrics: int) -> list[str]:
     """Return the names of the trained parameters that the loss has a gradient for."""
-    results = _results(gradient.traced.module)[1 + num_metrics :]
+    results = results_of(gradient.traced.module)[1 + num_metrics :]
     return [name for name, node in zip(gradient.own, results, strict=False) if isinstance(node, fx.Node)]
 
 
@@ -66,10 +66,10 @@ def step_graph(
         UpdateError: The update is not one that can be repeated: it makes new state, or draws random numbers.
     """
     assert not gradient.cotangents, "a step with an indirect gradient is more than its own loss's gradient"
-    _check_repeatable(update)
+    check_repeatable(update)
     num_metrics = len(loss.metrics)
-    joined = _Joined()
-    first = _placeholders(gradient.traced.module)
+    joined = JoinedGraph()
+    first = placeholders_of(gradient.traced.module)
     inputs = joined.inputs(first)
     results = joined.append(gradient.traced.module, inputs)
     value, metrics = results[0], results[1 : 1 + num_metrics]
@@ -82,20 +82,11 @@ def step_graph(
         own.update(zip(names, joined.append(scaling, [own[name] for name in names]), strict=True))
 
     position = {loss.inputs[i].name: i for i in loss.positions(InputRole.OWN)}
-    taken: list[fx.Node] = []
-    settings: list[tuple[UpdateValue, fx.Node]] = []
-    for x, placeholder in zip(update.inputs, _placeholders(update.module), strict=True):
-        if x.role is UpdateRole.PARAMETER:
-            taken.append(inputs[position[x.parameter]])
-        elif x.role is UpdateRole.GRADIENT:
-            taken.append(own[x.parameter])
-        else:
-            (node,) = joined.inputs([placeholder], after=(settings[-1][1] if settings else inputs[-1]))
-            taken.append(node)
-            settings.append((x, node))
-    module = joined.finish([value, *metrics, *joined.append(update.module, taken), *buffers])
+    parameters = {name: inputs[i] for name, i in position.items()}
+    updated, settings = append_update(joined, update, parameters, own, inputs[-1])
+    module = joined.finish([value, *metrics, *updated, *buffers])
 
-    inputs_of = {x: len(inputs) + i for i, (x, _) in enumerate(settings)}
+    inputs_of = {x: len(inputs) + i for i, x in enumerate(settings)}
     inputs_of |= {x: position[x.parameter] for x in update.inputs if x.role is UpdateRole.PARAMETER}
     start = 1 + num_metrics
     feedback = [(start + i, inputs_of[x]) for i, x in enumerate(update.outputs)]
@@ -104,14 +95,52 @@ def step_graph(
         module=module,
         update=update,
         num_loss_inputs=len(inputs),
-        settings=tuple(x for x, _ in settings),
+        settings=settings,
         num_metrics=num_metrics,
         written_buffers=gradient.written_buffers,
         feedback=tuple(feedback),
     )
 
 
-def _check_repeatable(update: UpdateGraph) -> None:
+def append_update(
+    joined: JoinedGraph,
+    update: UpdateGraph,
+    parameters: Mapping[str, fx.Node],
+    gradients: Mapping[str, fx.Node],
+    last: fx.Node,
+) -> tuple[list[fx.Node], tuple[UpdateValue, ...]]:
+    """Add an optimizer's update to a graph.
+
+    Args:
+        joined: The graph; state and settings of the optimizer become inputs of it.
+        update: The update.
+        parameters: Its parameters by name.
+        gradients: Their gradients by name.
+        last: The last input so far.
+
+    Returns:
+        The new values in the order of ``update.outputs``, and what the new inputs are.
+    """
+    taken: list[fx.Node] = []
+    settings: list[UpdateValue] = []
+    for x, placeholder in zip(update.inputs, placeholders_of(update.module), strict=True):
+        if x.role is UpdateRole.PARAMETER:
+            taken.append(parameters[x.parameter])
+        elif x.role is UpdateRole.GRADIENT:
+            taken.append(gradients[x.parameter])
+        else:
+            (last,) = joined.inputs([placeholder], after=last)
+            taken.append(last)
+            settings.append(x)
+    return joined.append(update.module, taken), tuple(settings)
+
+
+def check_repeatable(update: UpdateGraph) -> None:
+    """Refuse an update that cannot be made again and again by one graph.
+
+    Raises:
+        UpdateError: It makes new state, or draws random numbers.
+    """
     where = f"problem {update.problem!r}: a step of its optimizer {type(update.optimizer).__name__}"
     new = [x for x in update.outputs if x.role is not UpdateRole.PARAMETER and x not in update.inputs]
     if new or update.made:
@@ -128,56 +157,3 @@ def _scaling(gradients: Sequence[fx.Node], clip_norm: float | None, *, normalize
     # Of another fake mode than the trace's: only their metadata is wanted.
     examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in fakes]
     return trace(compute, examples, [frozenset()] * len(examples), []).module
-
-
-class _Joined:
-    """A graph that others are appended to."""
-
-    def __init__(self) -> None:
-        self._graph = fx.Graph()
-        self._root = torch.nn.Module()
-        self._num_inputs = 0
-        self._num_constants = 0
-
-    def inputs(self, like: Sequence[fx.Node], after: fx.Node | None = None) -> list[fx.Node]:
-        """Add inputs; all of them come before the first operation."""
-        made = []
-        for node in like:
-            if after is None:
-                made.append(self._graph.placeholder(f"input_{self._num_inputs}"))
-            else:
-                with self._graph.inserting_after(after):
-                    made.append(self._graph.placeholder(f"input_{self._num_inputs}"))
-                after = made[-1]
-            made[-1].meta = copy.copy(node.meta)
-            self._num_inputs += 1
-        return made
-
-    def append(self, module: fx.GraphModule, arguments: Sequence[fx.Node]) -> list[fx.Node]:
-        """Add the operations of a graph, called with `arguments`; return its results."""
-        values: Mapping[fx.Node, fx.Node] = dict(zip(_placeholders(module), arguments, strict=True))
-        values = dict(values)
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                name = f"constant_{self._num_constants}"
-                self._num_constants += 1
-                setattr(self._root, name, getattr(module, node.target))
-                values[node] = self._graph.get_attr(name)
-                values[node].meta = copy.copy(node.meta)
-            elif node.op not in ("placeholder", "output"):
-                values[node] = self._graph.node_copy(node, values.__getitem__)
-        return [values[n] if isinstance(n, fx.Node) else n for n in _results(module)]
-
-    def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
-        """Return the module."""
-        self._graph.output(tuple(results))
-        self._graph.lint()
-        return remove_dead_nodes_pass(fx.GraphModule(self._root, self._graph))
-
-
-def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
-    return [n for n in module.graph.nodes if n.op == "placeholder"]
-
-
-def _results(module: fx.GraphModule) -> list[fx.Node]:
-    return list(next(n for n in module.graph.nodes if n.op == "output").args[0])

@@ -163,7 +163,7 @@ def check(graph: Graph, executor: Executor, reference: Reference) -> Report:
         program,
         executor.problems,
         executor.layouts,
-        lambda name, _: known[name],
+        lambda name, _, **__: known[name],
         {name: state.stream for name, state in executor.states.items()},
         quiet=True,
     )

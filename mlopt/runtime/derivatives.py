@@ -21,9 +21,11 @@ from mlopt.autodiff import (
     GradientGraph,
     LinearizationGraphs,
     ReadGradientGraph,
+    RepeatedSteps,
     SplitPolicy,
     StepGraph,
     TaskAxis,
+    TotalUpdateGraph,
     draws_random,
     fits,
     gradient_graph,
@@ -38,6 +40,7 @@ from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import LossGraph
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
+from mlopt.runtime.lowered_update import CompiledUpdate
 from mlopt.runtime.steps import CompiledStep
 
 
@@ -148,7 +151,9 @@ class AbstractDerivatives(abc.ABC):
     """Derivatives of one problem's loss on batches of one kind, at the live parameters."""
 
     is_random: bool
+    runs_user_code: bool = True
     step: CompiledStep | None = None  # the whole optimizer step, where there is a graph of it
+    update: CompiledUpdate | None = None  # what follows the gradients, for a problem above others
 
     @abc.abstractmethod
     def at(self, values: Mapping[int, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
@@ -186,6 +191,12 @@ class DerivativeGraphs:
     read_gradient: ReadGradientGraph | None
     has_tasks: bool = False
     step: StepGraph | None = None
+    repeated: RepeatedSteps | None = None  # of `step`
+    update: TotalUpdateGraph | None = None
+
+    def without_updates(self) -> DerivativeGraphs:
+        """Return the graphs that know nothing of the optimizer."""
+        return dataclasses.replace(self, step=None, repeated=None, update=None)
 
     def modules(self) -> dict[str, torch.fx.GraphModule]:
         """Return the graphs by name, in the order they are used."""
@@ -202,6 +213,10 @@ class DerivativeGraphs:
             found["read gradient"] = self.read_gradient.traced.module
         if self.step is not None:
             found["step"] = self.step.module
+        if self.repeated is not None:
+            found[f"{self.repeated.times} steps"] = self.repeated.module
+        if self.update is not None:
+            found["update"] = self.update.module
         return found
 
 
@@ -260,6 +275,8 @@ def differentiate(
 class GraphDerivatives(AbstractDerivatives):
     """Derivatives by captured graphs, lowered by a backend."""
 
+    runs_user_code = False
+
     def __init__(self, graphs: DerivativeGraphs, backend: AbstractBackend) -> None:
         self.graphs = graphs
         self.backend = backend
@@ -268,14 +285,19 @@ class GraphDerivatives(AbstractDerivatives):
         backend.prepare([module for module in modules.values() if not backend.is_prepared(module)])
         self._call = {name: backend.lower(module) for name, module in modules.items()}
         if graphs.step is not None:
-            self.step = CompiledStep(graphs.step, graphs.loss, self._call["step"])
+            repeated = graphs.repeated
+            several = None if repeated is None else (repeated, self._call[f"{repeated.times} steps"])
+            self.step = CompiledStep(graphs.step, graphs.loss, self._call["step"], several)
+        if graphs.update is not None:
+            self.update = CompiledUpdate(graphs.update, self._call["update"])
         self._values: Mapping[int, torch.Tensor] = {}
         self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
 
     def adopt(self, other: GraphDerivatives) -> None:
         """Run the same graphs as another object does from now on; nothing that was linearized before may be in use."""
         assert other.graphs.gradient is self.graphs.gradient, "other graphs, not another backend"
-        self.graphs, self.backend, self.step, self._call = other.graphs, other.backend, other.step, other._call
+        self.graphs, self.backend, self._call = other.graphs, other.backend, other._call
+        self.step, self.update = other.step, other.update
 
     def lowerings(self) -> dict[str, Lowering]:
         """Return what became of each graph."""

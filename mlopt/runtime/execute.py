@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -46,7 +46,12 @@ from mlopt.runtime.state import ProblemState, Sample
 from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
 
-Derive = Callable[[str, Batch], AbstractDerivatives]
+
+class Derive(Protocol):
+    """Gives the derivatives of a problem that are valid for a batch; see `mlopt.compiler.Compiler.derive`."""
+
+    def __call__(self, name: str, batch: Batch, *, checked: bool = False) -> AbstractDerivatives:
+        """See `Derive`."""
 
 
 @dataclasses.dataclass
@@ -134,7 +139,8 @@ class Executor:
         self.keep_gradients = False
         self.check = StepCheck(plan, problems)
         self.seen = {name: tuple((seen or {}).get(name, plan[name].reads)) for name in problems}
-        self._derive = derive
+        self._derive_checked = derive
+        self._checked = False  # no code of the user's has run since the modules were looked at
         self._quiet = quiet
         self.unrolls: dict[str, Unroll] = {}
         self.histories = {
@@ -158,7 +164,13 @@ class Executor:
 
     def derivatives(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return the derivatives of a problem that are valid for a batch."""
+        self._checked = False
         return self._derive(name, batch)
+
+    def _derive(self, name: str, batch: Batch) -> AbstractDerivatives:
+        found = self._derive_checked(name, batch, checked=self._checked)
+        self._checked = not found.runs_user_code  # as long as the caller only runs graphs: see `_run`
+        return found
 
     def compiled_step(self, name: str, derivatives: AbstractDerivatives) -> CompiledStep | None:
         """Return the compiled step if it is what the live optimizer would do now."""
@@ -211,8 +223,10 @@ class Executor:
                 return made
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
-        gradients = self.total_gradient(name, run)
         results = {"loss": run.result.loss, **run.result.metrics}
+        if self._update_compiled(name, run):
+            return Made(results)
+        gradients = self.total_gradient(name, run)
         if not self.check.passes(name, run, gradients):
             self.guesses = {key: guess for key, guess in self.guesses.items() if key[0] != name}
             return Made(results, left_out=True)
@@ -224,15 +238,50 @@ class Executor:
                 else [None if total is None else part for total, part in zip(gradients, indirect, strict=True)]
             )
             self.histories[name].record(run.samples, extra)
+        self._keep_state(name, run)
+        self._update(name, gradients)
+        return Made(results)
+
+    def _keep_state(self, name: str, run: Pass) -> None:
+        assert run.result is not None
         self.states[name].samples = run.samples
         with torch.no_grad():
             for live, value in run.result.buffers:
                 live.copy_(value)
-        self._update(name, gradients)
-        return Made(results)
+
+    def _update_compiled(self, name: str, run: Pass) -> bool:
+        """Make the update by its compiled graph, where there is one and nobody wants to see the gradient."""
+        indirect = run.slots.get(HYPERGRADIENT)
+        if indirect is None or self.keep_gradients or name in self.histories or self.check.looks_at(name):
+            return False
+        assert run.result is not None
+        compiled = self._derive(name, run.samples[0].batch).update
+        if compiled is None or not compiled.is_used():
+            return False
+        self._set_hyperparameters(name)
+        if not compiled.accepts():
+            return False
+        self._keep_state(name, run)
+        try:
+            compiled.run(run.result.own, indirect)
+        except RuntimeError as error:
+            compiled.give_up(str(error))
+            self._update(name, self.total_gradient(name, run))
+            return True
+        self._step_scheduler(name, made_by_graph=True)
+        return True
+
+    def _step_scheduler(self, name: str, *, made_by_graph: bool) -> None:
+        scheduler = self.problems[name].scheduler
+        if scheduler is None:
+            return
+        if made_by_graph:
+            mark_stepped(self.problems[name].optimizer)
+        scheduler.step()
 
     def _step_compiled(self, name: str, sample: Sample) -> Made | None:
         """Make one step by its compiled graph; None if there is none, or if it failed and nothing was changed."""
+        self._checked = False
         derivatives = self._derive(name, sample.batch)
         compiled = self.compiled_step(name, derivatives)
         if compiled is None:
@@ -258,10 +307,7 @@ class Executor:
         if guard is not None:
             guard.accept(name)
         self.states[name].samples = samples
-        scheduler = self.problems[name].scheduler
-        if scheduler is not None:
-            mark_stepped(self.problems[name].optimizer)
-            scheduler.step()
+        self._step_scheduler(name, made_by_graph=True)
         assert outcome.outputs is not None
         return Made(compiled.metrics(outcome.outputs), outcome.error)
 
@@ -338,6 +384,7 @@ class Executor:
 
     def _run(self, name: str, samples: Sequence[Sample], *, keep_guesses: bool) -> Pass:
         run = Pass()
+        self._checked = False
         for instruction in self.plan[name].instructions:
             if isinstance(instruction, Gradient):
                 run.result, run.samples = self._gradient(name, samples, {})
@@ -372,11 +419,15 @@ class Executor:
         moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for sample in given:
             derivatives = self._derive(name, sample.batch)
-            with frozen_random_state(sample.random_state):
-                before = get_random_state(device) if derivatives.is_random else None
-                samples.append(Sample(sample.batch, before))
-                with derivatives.at({**values, **{key: value for key, (_, value) in moved.items()}}):
-                    results.append(derivatives.gradient(sample.batch))
+            if not (derivatives.is_random or values or moved):
+                samples.append(Sample(sample.batch))
+                results.append(derivatives.gradient(sample.batch))
+            else:
+                with frozen_random_state(sample.random_state):
+                    before = get_random_state(device) if derivatives.is_random else None
+                    samples.append(Sample(sample.batch, before))
+                    with derivatives.at({**values, **{key: value for key, (_, value) in moved.items()}}):
+                        results.append(derivatives.gradient(sample.batch))
             moved.update({id(live): (live, value) for live, value in results[-1].buffers})
         return mean_result(results, list(moved.values())), tuple(samples)
 
@@ -436,6 +487,7 @@ class Executor:
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
         estimator = instruction.estimator
+        self._checked &= type(estimator).__module__.startswith("mlopt.")
         operator: AbstractLinearOperator
         if estimator.uses_update:
             operator = DiagonalOperator(self.update_factor(instruction.problem))
@@ -523,12 +575,13 @@ class Executor:
         self._set_hyperparameters(name)
         problem.optimizer_step()
         problem.param_callback()
-        if problem.scheduler is not None:
-            problem.scheduler.step()
+        self._step_scheduler(name, made_by_graph=False)
 
     def _set_hyperparameters(self, name: str) -> None:
         """Write learned settings into the optimizer's groups."""
         problem = self.problems[name]
+        if type(problem).optimizer_hyperparameters is Problem.optimizer_hyperparameters:
+            return
         with torch.no_grad():
             for given, group in zip(problem.hyperparameters_by_group(), problem.optimizer.param_groups, strict=True):
                 for key, value in given.items():

@@ -105,11 +105,14 @@ def explain(graph: Graph, program: ExecutionPlan, report: CompileReport) -> str:
 def _step_lines(p: ProblemPlan, graph: Graph, report: CompileReport) -> list[str]:
     """Say whether a step is one compiled graph, and whether several run in one native loop."""
     steps = [d.step for d in report.graphs.get(p.name, []) if d.step is not None and d.step.is_used()]
+    optimizer = type(graph.problems[p.name].optimizer).__name__
     if not steps:
-        given_up = [d.step.given_up for d in report.graphs.get(p.name, []) if d.step is not None and d.step.given_up]
+        updates = [u for d in report.graphs.get(p.name, []) if (u := d.step or d.update) is not None]
+        if any(u.is_used() for u in updates):
+            return [f"  one graph makes this update: sum of direct and indirect gradient, and the step of {optimizer}"]
+        given_up = [u.given_up for u in updates if u.given_up]
         reason = report.eager_updates.get(p.name, "".join(given_up[:1]))
         return [f"  the optimizer steps by itself: {reason}"] if reason else []
-    optimizer = type(graph.problems[p.name].optimizer).__name__
     lines = [f"  one graph makes this step: loss, backward and the update of {optimizer}"]
     if p.runs_ahead and all(step.can_repeat for step in steps):
         uppers = [q for q in graph.problems if p.name in graph.lowers(q)]

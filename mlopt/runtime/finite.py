@@ -179,6 +179,10 @@ class StepCheck:
             for name in problems
         }
 
+    def looks_at(self, name: str) -> bool:
+        """Whether `passes` looks at anything."""
+        return self._problems[name].loss_scale is not None or bool(self._scales_below[name]) or self.guard is not None
+
     def passes(self, name: str, run: Pass, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Whether a problem's step is made.
 
@@ -189,9 +193,9 @@ class StepCheck:
         Raises:
             NonFiniteError: The guard says so; or an fp16 problem overflows with the smallest scale.
         """
-        own = self._problems[name].loss_scale
-        if own is None and not self._scales_below[name] and self.guard is None:
+        if not self.looks_at(name):
             return True
+        own = self._problems[name].loss_scale
         result = run.result
         assert result is not None
         if all_finite([result.loss, *(value for _, value in result.buffers)]) and _is_sound(run, gradients):

@@ -20,6 +20,9 @@ class ModuleGuard:
 
     Args:
         problems: The problems by name.
+
+    Attributes:
+        last: What `modes` returned last.
     """
 
     def __init__(self, problems: Mapping[str, Problem]) -> None:
@@ -36,6 +39,7 @@ class ModuleGuard:
             for path, p in problem.module.named_parameters()
         ]
         self._held = {name: _num_held(p) for name, p in problems.items()}
+        self.last: tuple[bool, ...] = ()
 
     def modes(self) -> tuple[bool, ...]:
         """Check that nothing has changed, and return the training mode of every module.
@@ -56,7 +60,8 @@ class ModuleGuard:
                 now = f"{p.dtype} {tuple(p.shape)} on {p.device}, requires_grad={p.requires_grad}"
                 was = f"{dtype} {tuple(shape)} on {device}, requires_grad={trained}"
                 raise _changed(name, f"parameter {path!r} is {now}, it was {was}")
-        return tuple([module.training for _, _, module, _ in self._modules])
+        self.last = tuple([module.training for _, _, module, _ in self._modules])
+        return self.last
 
 
 def _structure(module: nn.Module) -> tuple[int, ...]:

@@ -1,49 +1,46 @@
 """`CompiledStep`: a problem's optimizer step as one lowered graph, in place of its gradient and ``optimizer.step()``.
 
-The user's objects stay the truth: every run reads the live parameters, buffers, optimizer state and group settings, and
-writes the new values back into the same tensors. They are written when all steps of a run are made, in one call into
-torch, so that an error or Ctrl-C never leaves half of a step behind.
-
-What differs from ``optimizer.step()``: gradients are never made as tensors of their own, so ``.grad`` of the trained
-parameters is None afterwards (a gradient of some earlier step would be worse). `Plan.keep_gradients` asks for the
-other way.
+New values are written when all steps of a run are made, in one call into torch, so that an error or Ctrl-C never leaves
+half of a step behind.
 """
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from mlopt.autodiff import StepGraph
+from mlopt.autodiff import RepeatedSteps, StepGraph
 from mlopt.backends import Changing, Compiled, StepsOutcome, run_steps
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch
 from mlopt.runtime.finite import all_finite
+from mlopt.runtime.lowered_update import LoweredUpdate
 
-logger = logging.getLogger(__name__)
 
-
-class CompiledStep:
+class CompiledStep(LoweredUpdate):
     """Makes steps of one problem by a lowered `StepGraph`.
 
     Args:
         graph: The step.
         loss: The loss that it was made from.
         call: The lowered graph.
-
-    Attributes:
-        given_up: Why it is not used any more, or "".
+        several: A graph of several of these steps, and what it was lowered to.
     """
 
-    def __init__(self, graph: StepGraph, loss: LossGraph, call: Compiled) -> None:
+    def __init__(
+        self,
+        graph: StepGraph,
+        loss: LossGraph,
+        call: Compiled,
+        several: tuple[RepeatedSteps, Compiled] | None = None,
+    ) -> None:
+        super().__init__(graph.update, call)
         self.graph = graph
-        self.call = call
-        self.given_up = ""
+        self.several = several
         self._loss = loss
-        self._update = graph.update
         numbers = [i for i, x in enumerate(graph.settings) if x.role is UpdateRole.HYPERPARAMETER]
         # A number that the step itself changes is fed back; the others may be changed by a scheduler.
         self._scheduled = [i for i in numbers if graph.settings[i] not in graph.update.outputs]
@@ -54,11 +51,6 @@ class CompiledStep:
         )
         self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
         self._unset = torch.zeros((), dtype=torch.float64)
-        self._checked: object = None
-
-    def is_used(self) -> bool:
-        """Whether it is machine code; a graph that runs by torch calls gains nothing over ``optimizer.step()``."""
-        return not self.given_up and self.call.lowering.backend != "eager"
 
     @property
     def can_repeat(self) -> bool:
@@ -69,15 +61,6 @@ class CompiledStep:
     def changes_settings(self) -> bool:
         """Whether a step changes numbers of the parameter groups."""
         return any(x.role is UpdateRole.HYPERPARAMETER for x in self._update.outputs)
-
-    def accepts(self) -> bool:
-        """Whether it is the step that the live optimizer would make now; cheap where nothing was changed."""
-        key = self._update.fingerprint()
-        if key is not None and key == self._checked:
-            return True
-        accepted = self._update.is_free() and self._update.accepts()
-        self._checked = key if accepted else None
-        return accepted
 
     def settings(self) -> list[float]:
         """Return the present values of the numbers that a scheduler may change."""
@@ -91,6 +74,26 @@ class CompiledStep:
             update: The update with the optimizer whose state and settings are taken, and its parameters.
         """
         return self.call(*self._arguments(batch, update))
+
+    def compute_several(self, batch: Batch, update: UpdateGraph) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Make the steps of the graph of several of them, by it and one by one; write nothing.
+
+        Args:
+            batch: As in `compute`.
+            update: As in `compute`.
+
+        Returns:
+            What both feed back.
+        """
+        assert self.several is not None
+        repeated, call = self.several
+        arguments: list[Any] = self._arguments(batch, update)
+        together = call(*arguments)
+        for _ in range(repeated.times):
+            results = self.call(*arguments)
+            for output, position in self.graph.feedback:
+                arguments[position] = results[output]
+        return together, [arguments[position] for _, position in repeated.feedback]
 
     def run(
         self, batches: Sequence[Batch], schedule: Sequence[Sequence[float]], *, finite_only: bool = False
@@ -106,30 +109,53 @@ class CompiledStep:
         distinct: dict[int, int] = {}
         order = [distinct.setdefault(id(batch), len(distinct)) for batch in batches]
         by_id = {id(batch): batch for batch in batches}
-        numbers = torch.tensor(schedule, dtype=torch.float64).reshape(len(batches), len(self._scheduled))
-        outcome = run_steps(
-            self.call,
-            # The scheduled numbers come from the rows.
-            [*self._loss.bind(batches[0].tensors), *(self._update.live(x) if x else self._unset for x in self._read)],
-            self._changing,
-            [by_id[key].tensors for key in distinct],
-            order,
-            numbers,
-        )
+        numbers = _rows(schedule, len(self._scheduled))
+        # The scheduled numbers come from the rows.
+        settings = [self._update.live(x) if x else self._unset for x in self._read]
+        arguments = [*self._loss.bind(batches[0].tensors), *settings]
+        tensors = [by_id[key].tensors for key in distinct]
+        made, first = self._run_several(arguments, tensors, order, numbers)
+        if first is not None and first.error is not None:
+            outcome = first
+        else:
+            outcome = run_steps(self.call, arguments, self._changing, tensors, order[made:], numbers[made:])
+        outcome = dataclasses.replace(outcome, num_steps=outcome.num_steps + made)
         if finite_only and outcome.outputs is not None and not all_finite([outcome.outputs[0], *outcome.fed]):
             return StepsOutcome(0, [], None, None)
         if outcome.num_steps:
             self._write(outcome.fed)
         return outcome
 
+    def _run_several(
+        self, arguments: list[torch.Tensor], batches: Sequence[Sequence[torch.Tensor]], order: list[int], numbers: Any
+    ) -> tuple[int, StepsOutcome | None]:
+        """Make all steps but the last, or as many as come out even, by the graph of several, where there is one.
+
+        Args:
+            arguments: Of the first step; replaced by those of the next one to make.
+            batches: The distinct batches.
+            order: Which each step takes.
+            numbers: See `run`.
+
+        Returns:
+            How many were made, and what came of them, outputs excepted.
+        """
+        if self.several is None or self.several[1].lowering.backend == "eager" or len(batches) > 1:
+            return 0, None
+        repeated, call = self.several
+        count = (len(order) - 1) // repeated.times
+        if count == 0 or not torch.equal(numbers, numbers[:1].expand_as(numbers)):
+            return 0, None
+        changing = dataclasses.replace(self._changing, feedback=repeated.feedback)
+        outcome = run_steps(call, arguments, changing, batches, [0] * count, numbers[:count])
+        for (_, position), value in zip(repeated.feedback, outcome.fed, strict=True):
+            arguments[position] = value
+        made = outcome.num_steps * repeated.times
+        return made, StepsOutcome(0, outcome.fed, None, outcome.error)
+
     def metrics(self, outputs: Sequence[Any]) -> dict[str, Any]:
         """Return loss and metrics of a step, as the user named them."""
         return {"loss": outputs[0], **self._loss.named_metrics(outputs[1 : 1 + self.graph.num_metrics])}
-
-    def give_up(self, reason: str) -> None:
-        """Use it no more."""
-        logger.warning("a compiled step of problem %r is not used any more: %s", self._loss.problem, reason)
-        self.given_up = reason
 
     def _arguments(self, batch: Batch, update: UpdateGraph) -> list[torch.Tensor]:
         live = self._update.parameters
@@ -137,8 +163,13 @@ class CompiledStep:
         return [*self._loss.bind(batch.tensors, values), *(update.live(x) for x in self.graph.settings)]
 
     def _write(self, fed: Sequence[torch.Tensor]) -> None:
-        outputs = self._update.outputs
+        count = len(self._update.outputs)
         buffers = [self._loss.live(i) for i in self.graph.written_buffers]
-        self._update.commit(fed[: len(outputs)], also=list(zip(buffers, fed[len(outputs) :], strict=True)))
-        for parameter in self._update.parameters.values():
-            parameter.grad = None
+        self._commit(fed[:count], also=list(zip(buffers, fed[count:], strict=True)))
+
+
+def _rows(schedule: Sequence[Sequence[float]], width: int) -> torch.Tensor:
+    """Return rows of numbers as a tensor; often all of them are the same list."""
+    if all(row is schedule[0] for row in schedule):
+        return torch.tensor(schedule[0], dtype=torch.float64).repeat(len(schedule), 1)
+    return torch.tensor(schedule, dtype=torch.float64).reshape(len(schedule), width)

@@ -66,10 +66,11 @@ class GlmGraph:
 
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
+        if self._choice.first is False:
+            return self._graph.native_operator(arguments, hole)
         residuals = list(arguments[:-1])
         if hole != len(residuals) or not self._fits(self._structure.matrix(residuals)):
             self._choice.refuse("X is not laid out by rows")
-        if self._choice.first is False:
             return self._graph.native_operator(arguments, hole)
         operator = self._bind(residuals)
         if self._choice.first is None:

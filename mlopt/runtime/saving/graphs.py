@@ -31,7 +31,7 @@ def without_code(graphs: DerivativeGraphs) -> DerivativeGraphs:
     if linearization is not None:
         linearization = dataclasses.replace(linearization, traced=TracedGraph(nothing, linearization.traced.guard))
     loss = dataclasses.replace(graphs.loss, module=nothing, attributes=())
-    return dataclasses.replace(graphs, loss=loss, linearization=linearization, step=None)
+    return dataclasses.replace(graphs.without_updates(), loss=loss, linearization=linearization)
 
 
 def dumps(value: Any, live: Mapping[int, str]) -> bytes:

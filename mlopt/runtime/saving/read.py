@@ -30,7 +30,7 @@ from mlopt.runtime.saving import graphs
 from mlopt.runtime.saving.archive import check, is_of_this_machine
 from mlopt.runtime.saving.problems import LoadedProblem, rebuild
 from mlopt.runtime.saving.write import live_tensors
-from mlopt.runtime.whole_step import add_step
+from mlopt.runtime.whole_step import add_updates
 
 Captures = Mapping[str, list[tuple[DerivativeGraphs, tuple[Any, ...]]]]
 
@@ -162,21 +162,22 @@ class _SavedDerivatives:
             self._captures[name] = []
             for made, signature in found:
                 joined: DerivativeGraphs | str = made
-                if backend.compiles and content["program"][name].is_whole:
-                    joined = add_step(made, self._problems[name], layouts[name])
+                if backend.compiles:
+                    joined = add_updates(made, self._problems[name], layouts[name], content["program"][name])
                 if isinstance(joined, str):
                     report.eager_updates[name] = joined
                 derivatives = GraphDerivatives(made if isinstance(joined, str) else joined, backend)
                 report.add(name, derivatives)
                 self._captures[name].append((derivatives, signature))
 
-    def derive(self, name: str, batch: Batch) -> AbstractDerivatives:
-        """Return derivatives that are valid for a batch.
+    def derive(self, name: str, batch: Batch, *, checked: bool = False) -> AbstractDerivatives:
+        """Return derivatives that are valid for a batch; see `mlopt.compiler.Compiler.derive`.
 
         Raises:
             CaptureError: There are none.
         """
-        self._guard.modes()
+        if not checked:
+            self._guard.modes()
         signature = batch.signature()
         key = (name, *signature)
         known = self._known.get(key)

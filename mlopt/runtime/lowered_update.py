@@ -1,0 +1,115 @@
+"""What stands in for ``optimizer.step()``: a lowered graph with an optimizer's update in it.
+
+The user's objects stay the truth: every call reads the live parameters, optimizer state and group settings, and writes
+the new values back into the same tensors. Gradients are never made as tensors of their own, so ``.grad`` of the trained
+parameters is None afterwards (a gradient of some earlier step would be worse). `Plan.keep_gradients` asks for the other
+way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mlopt.autodiff import TotalUpdateGraph
+from mlopt.backends import Compiled
+from mlopt.capture import UpdateGraph, UpdateRole, UpdateValue
+
+logger = logging.getLogger(__name__)
+
+
+class LoweredUpdate:
+    """The common part of `CompiledStep` and `CompiledUpdate`.
+
+    Args:
+        update: The captured update.
+        call: The lowered graph.
+
+    Attributes:
+        given_up: Why it is not used any more, or "".
+    """
+
+    def __init__(self, update: UpdateGraph, call: Compiled) -> None:
+        self.call = call
+        self.given_up = ""
+        self._update = update
+        self._checked: object = None
+
+    def is_used(self) -> bool:
+        """Whether it is machine code; a graph that runs by torch calls gains nothing over ``optimizer.step()``."""
+        return not self.given_up and self.call.lowering.backend != "eager"
+
+    def accepts(self) -> bool:
+        """Whether it is the step that the live optimizer would make now; cheap where nothing was changed."""
+        key = self._update.fingerprint()
+        if key is not None and key == self._checked:
+            return True
+        accepted = self._update.is_free() and self._update.accepts()
+        self._checked = key if accepted else None
+        return accepted
+
+    def give_up(self, reason: str) -> None:
+        """Use it no more."""
+        logger.warning("a compiled step of problem %r is not used any more: %s", self._update.problem, reason)
+        self.given_up = reason
+
+    def _commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+        self._update.commit(results, also)
+        for parameter in self._update.parameters.values():
+            parameter.grad = None
+
+
+class CompiledUpdate(LoweredUpdate):
+    """Makes the updates of a problem above others by a lowered `TotalUpdateGraph`.
+
+    Args:
+        graph: The graph.
+        call: What it was lowered to.
+    """
+
+    def __init__(self, graph: TotalUpdateGraph, call: Compiled) -> None:
+        super().__init__(graph.update, call)
+        self.graph = graph
+        self._numbers: dict[UpdateValue, tuple[float, torch.Tensor]] = {}
+
+    def compute(
+        self,
+        own: Sequence[torch.Tensor | None],
+        indirect: torch.Tensor,
+        update: UpdateGraph,
+        values: Mapping[str, torch.Tensor],
+    ) -> Sequence[torch.Tensor]:
+        """Run the graph once and write nothing.
+
+        Args:
+            own: The direct gradients in layout order.
+            indirect: The indirect gradient as a vector.
+            update: The update with the optimizer whose state and settings are taken.
+            values: The parameters by name.
+        """
+        graph = self.graph
+        return self.call(
+            *[values[name] for name in graph.parameters],
+            *[own[i] for i in graph.direct],
+            indirect,
+            *[self._setting(x, update) for x in graph.settings],
+        )
+
+    def run(self, own: Sequence[torch.Tensor | None], indirect: torch.Tensor) -> None:
+        """Make a step and write the new values into the live tensors.
+
+        Raises:
+            RuntimeError: The graph cannot be run with these tensors; nothing was written.
+        """
+        self._commit(self.compute(own, indirect, self._update, self._update.parameters))
+
+    def _setting(self, x: UpdateValue, update: UpdateGraph) -> torch.Tensor:
+        if x.role is not UpdateRole.HYPERPARAMETER or x.number is None:
+            return update.live(x)
+        value = update.number(x)
+        known = self._numbers.get(x)
+        if known is None or known[0] != value:
+            known = self._numbers[x] = value, update.live(x)
+        return known[1]
