@@ -17,6 +17,7 @@ from mlopt.graph import Graph
 from mlopt.hypergradient import CG, AbstractEstimator, Dense
 from mlopt.linalg import Outcome, Solution, extreme_eigenvalues
 from mlopt.planner import MixedProduct, ProductNeeds, ReverseSteps, Solve, plan_program
+from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, MeanLinearization
 from mlopt.runtime.exchange import exchanged
 from mlopt.runtime.execute import Executor, Pass
@@ -159,11 +160,15 @@ def check(graph: Graph, executor: Executor, reference: Reference) -> Report:
     }
     program = plan_program(graph, solvers)
     known = {name: reference(name, program.needs[name]) for name in graph.problems}
+
+    def by_name(name: str, batch: Batch, *, checked: bool = False) -> AbstractDerivatives:
+        return known[name]
+
     exact = Executor(
         program,
         executor.problems,
         executor.layouts,
-        lambda name, _, **__: known[name],
+        by_name,
         {name: state.stream for name, state in executor.states.items()},
         quiet=True,
     )
