@@ -7,20 +7,6 @@ from benchmarks.methods.base import FINITE_DIFFERENCE_STEP, TorchRunner
 from benchmarks.problems import Instance
 
 
-class Lower(mlopt.Problem):
-    instance: Instance
-
-    def training_step(self, batch):
-        return self.instance.lower_loss(self.module, self.upper.module, batch)
-
-
-class Upper(mlopt.Problem):
-    instance: Instance
-
-    def training_step(self, batch):
-        return self.instance.upper_loss(self.lower.module, self.module, batch)
-
-
 def estimator(instance: Instance, case: str) -> mlopt.AbstractEstimator:
     if case == "neumann":
         return mlopt.Neumann(num_terms=instance.solver_steps + 1, scale=instance.neumann_scale)
@@ -41,6 +27,15 @@ class Compiled(TorchRunner):
 
     def __init__(self, instance: Instance, case: str, backend: str) -> None:
         super().__init__(instance)
+
+        class Lower(mlopt.Problem):
+            def training_step(self, batch):
+                return instance.lower_loss(self.module, self.upper.module, batch)
+
+        class Upper(mlopt.Problem):
+            def training_step(self, batch):
+                return instance.upper_loss(self.lower.module, self.module, batch)
+
         lower_optimizer, upper_optimizer = self.optimizers()
         lower = Lower(
             "lower",
@@ -51,7 +46,6 @@ class Compiled(TorchRunner):
             unroll_steps=instance.unroll_steps,
         )
         upper = Upper("upper", module=instance.upper, optimizer=upper_optimizer, data=instance.upper_data)
-        lower.instance = upper.instance = instance
         self.plan = mlopt.compile(mlopt.Graph([lower, upper]), backend=backend, progress=False)
 
     def outer(self) -> None:

@@ -7,6 +7,7 @@ strings, flags) are constants of the capture: a batch that differs in them has a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,11 @@ class BatchSpec:
 
     def __hash__(self) -> int:
         """Hash the printed structure (a `TreeSpec` itself is not hashable in every torch release)."""
-        return hash((str(self.tree), self.constants))
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((str(self.tree), self.constants))  # printing takes as long as a small solve
 
     def unflatten(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Rebuild the batch around `tensors`, given in leaf order."""

@@ -74,9 +74,11 @@ class AheadRunner:
         derivatives = self._executor.derivatives(name, batches[0])
         if derivatives.is_random and len(batches) == count:
             batches.pop()  # the last step is made by itself: hypergradients need the random numbers it began with
-        kind = batches[0].signature()
-        same = {id(b): b.signature() == kind for b in {id(b): b for b in batches}.values()}
-        batches = list(itertools.takewhile(lambda b: same[id(b)], batches))
+        distinct = set(map(id, batches))
+        if len(distinct) > 1:
+            kind = batches[0].signature()
+            same = {id(b): b.signature() == kind for b in {id(b): b for b in batches}.values()}
+            batches = list(itertools.takewhile(lambda b: same[id(b)], batches))
         compiled = self._executor.compiled_step(name, derivatives)
         if compiled is None or not compiled.can_repeat or len(batches) < 2:
             return 1, self._executor.step(name)

@@ -63,6 +63,7 @@ class Pass:
     solutions: dict[str, Solution] = dataclasses.field(default_factory=dict)
     result: GradientResult | None = None
     samples: tuple[Sample, ...] = ()
+    derivatives: AbstractDerivatives | None = None  # of the problem's own loss
 
     def add(self, slot: str, value: torch.Tensor) -> None:
         """Add a vector into a slot; an empty slot takes it over."""
@@ -254,8 +255,8 @@ class Executor:
         indirect = run.slots.get(HYPERGRADIENT)
         if indirect is None or self.keep_gradients or name in self.histories or self.check.looks_at(name):
             return False
-        assert run.result is not None
-        compiled = self._derive(name, run.samples[0].batch).update
+        assert run.result is not None and run.derivatives is not None
+        compiled = run.derivatives.update
         if compiled is None or not compiled.is_used():
             return False
         self._set_hyperparameters(name)
@@ -387,7 +388,7 @@ class Executor:
         self._checked = False
         for instruction in self.plan[name].instructions:
             if isinstance(instruction, Gradient):
-                run.result, run.samples = self._gradient(name, samples, {})
+                run.result, run.samples, run.derivatives = self._gradient(name, samples, {})
                 for read, slot in instruction.cotangents:
                     run.add(slot, run.result.cotangents[read])
             elif isinstance(instruction, Linearize):
@@ -412,7 +413,7 @@ class Executor:
 
     def _gradient(
         self, name: str, given: Sequence[Sample], values: Mapping[int, torch.Tensor]
-    ) -> tuple[GradientResult, tuple[Sample, ...]]:
+    ) -> tuple[GradientResult, tuple[Sample, ...], AbstractDerivatives]:
         """Evaluate the mean loss of the micro-batches; each sees the buffers that the one before left."""
         device = self.layouts[name].device
         results, samples = [], []
@@ -429,7 +430,7 @@ class Executor:
                     with derivatives.at({**values, **{key: value for key, (_, value) in moved.items()}}):
                         results.append(derivatives.gradient(sample.batch))
             moved.update({id(live): (live, value) for live, value in results[-1].buffers})
-        return mean_result(results, list(moved.values())), tuple(samples)
+        return mean_result(results, list(moved.values())), tuple(samples), derivatives
 
     def linearize(self, name: str) -> AbstractLinearization:
         """Return the second-order products of a lower problem at the present state."""

@@ -106,14 +106,14 @@ class CompiledStep(LoweredUpdate):
             finite_only: Write nothing, and report no step, if a new value or the last loss is not finite. (A parameter
                 that is not finite stays so, whatever the later steps do.)
         """
-        distinct: dict[int, int] = {}
-        order = [distinct.setdefault(id(batch), len(distinct)) for batch in batches]
-        by_id = {id(batch): batch for batch in batches}
+        position = {key: k for k, key in enumerate(dict.fromkeys(map(id, batches)))}
+        order = [position[id(batch)] for batch in batches] if len(position) > 1 else [0] * len(batches)
+        by_id = {id(batch): batch for batch in batches} if len(position) > 1 else {id(batches[0]): batches[0]}
         numbers = _rows(schedule, len(self._scheduled))
         # The scheduled numbers come from the rows.
         settings = [self._update.live(x) if x else self._unset for x in self._read]
         arguments = [*self._loss.bind(batches[0].tensors), *settings]
-        tensors = [by_id[key].tensors for key in distinct]
+        tensors = [by_id[key].tensors for key in position]
         made, first = self._run_several(arguments, tensors, order, numbers)
         if first is not None and first.error is not None:
             outcome = first

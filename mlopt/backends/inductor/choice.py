@@ -33,6 +33,7 @@ class MeasuredGraph:
         self._cache = cache
         self._chosen: Any = None
         self._figures = ""
+        self._final: Lowering | None = None
         known = cache.get_choice(key)
         if known is not None:
             self._choose(*known)
@@ -40,11 +41,14 @@ class MeasuredGraph:
     @property
     def lowering(self) -> Lowering:
         """What is reported of the graph."""
+        if self._final is not None:
+            return self._final
         lowering = self._lowered.lowering
         if self._chosen is None or lowering.backend == "eager":  # the latter if the package failed
             return lowering
         backend = "inductor" if self._chosen is self._lowered else "eager"
-        return dataclasses.replace(lowering, backend=backend, note=f"{lowering.note}; {self._figures}")
+        self._final = dataclasses.replace(lowering, backend=backend, note=f"{lowering.note}; {self._figures}")
+        return self._final
 
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
