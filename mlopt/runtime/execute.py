@@ -41,7 +41,7 @@ from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
 from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
-from mlopt.runtime.schedule import mark_stepped
+from mlopt.runtime.schedule import mark_stepped, step_scheduler
 from mlopt.runtime.state import ProblemState, Sample
 from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
@@ -180,6 +180,8 @@ class Executor:
         state = self.states[name]
         count = self.problems[name].gradient_accumulation
         batches = state.stream.ahead(count)
+        if state.stream.take_restart():
+            self.problems[name].epoch_callback()
         self._start_inner_loop(name)
         self._begin_unrolls(name)
         samples: Sequence[Sample] = [Sample(b) for b in batches]
@@ -228,7 +230,7 @@ class Executor:
         with torch.no_grad():
             for live, value in run.result.buffers:
                 live.copy_(value)
-        self._update(name, gradients)
+        self._update(name, gradients, run.result.loss)
         return Made(results)
 
     def _step_compiled(self, name: str, sample: Sample) -> Made | None:
@@ -258,11 +260,9 @@ class Executor:
         if guard is not None:
             guard.accept(name)
         self.states[name].samples = samples
-        scheduler = self.problems[name].scheduler
-        if scheduler is not None:
-            mark_stepped(self.problems[name].optimizer)
-            scheduler.step()
         assert outcome.outputs is not None
+        mark_stepped(self.problems[name].optimizer)
+        step_scheduler(self.problems[name], outcome.outputs[0])
         return Made(compiled.metrics(outcome.outputs), outcome.error)
 
     def snapshot(self) -> Callable[[], None]:
@@ -512,7 +512,7 @@ class Executor:
                 gradients.append(direct + part)
         return gradients
 
-    def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
+    def _update(self, name: str, gradients: list[torch.Tensor | None], loss: torch.Tensor) -> None:
         problem = self.problems[name]
         parameters = list(problem.trained_parameters().values())
         if "grad_callback" in problem.step_hooks():
@@ -523,8 +523,7 @@ class Executor:
         self._set_hyperparameters(name)
         problem.optimizer_step()
         problem.param_callback()
-        if problem.scheduler is not None:
-            problem.scheduler.step()
+        step_scheduler(problem, loss)
 
     def _set_hyperparameters(self, name: str) -> None:
         """Write learned settings into the optimizer's groups."""
