@@ -5,7 +5,16 @@ Write each problem with a `training_step`, put the problems in a `Graph`, `compi
 
 from mlopt import errors, linalg
 from mlopt.compile import compile  # noqa: A004 - the name users know from torch.compile
-from mlopt.engine import Callback, Engine
+from mlopt.engine import (
+    AbstractLogger,
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    Engine,
+    JSONLLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from mlopt.graph import Graph
 from mlopt.hypergradient import (
     CG,
@@ -29,18 +38,24 @@ __all__ = [
     "CG",
     "SAMA",
     "AbstractEstimator",
+    "AbstractLogger",
+    "CSVLogger",
     "Callback",
     "Dense",
+    "EarlyStopping",
     "Engine",
     "FiniteDifference",
     "Graph",
     "Identity",
+    "JSONLLogger",
     "Neumann",
     "NonFiniteGuard",
     "Nystrom",
     "Plan",
     "Problem",
+    "TensorBoardLogger",
     "Unroll",
+    "WandbLogger",
     "build_config",
     "compile",
     "errors",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from mlopt.errors import ProblemError, UnknownNameError
@@ -40,8 +41,11 @@ class Problem:
             `training_step` needs no batch (it is then given None). A batch is any nesting of dicts, lists, tuples and
             named tuples of tensors and plain Python values. Tensors are moved to the device of the parameters. Several
             loaders, as a dict or as a tuple or list of `DataLoader`, give one batch of all of them in a dict or tuple;
-            each starts over by itself when it ends.
-        scheduler: Optional learning-rate scheduler; its ``step()`` is called after each optimizer step.
+            each starts over by itself when it ends. A problem that overrides `get_batch` needs none.
+        scheduler: Optional learning-rate scheduler, any of torch's; its ``step()`` is called after each optimizer step.
+            ``ReduceLROnPlateau`` is given the loss of the step, unless there is a `scheduler_metric`.
+        scheduler_metric: For ``ReduceLROnPlateau``: the number of `Engine`'s `validate` that it looks at, after each
+            validation. (In a loop of your own, call its ``step`` yourself.)
         hypergradient: How the derivative of this problem's optimum is estimated when a problem above it asks for a
             hypergradient: `mlopt.CG`, `mlopt.Neumann`, `mlopt.Unroll`, ... or a subclass of
             `mlopt.AbstractEstimator`. Default: ``mlopt.CG()``.
@@ -64,6 +68,12 @@ class Problem:
             Parameters, gradients, solver vectors and the optimizer keep the dtype of the parameters. With ``"fp16"``
             the loss is scaled while it is differentiated (see `loss_scale`), and a step that overflows all the same is
             left out. Default: whatever the code does by itself.
+        env: Anything that the problem acts on, such as an environment for reinforcement learning; kept as ``self.env``.
+            A `training_step` that reads it is never captured: it runs as an eager island. `get_batch` may use it with
+            no such cost.
+
+    `module`, `optimizer`, `scheduler` and `data` may also come from `configure_module`, `configure_optimizer`,
+    `configure_scheduler` and `configure_data`: override those.
 
     Attributes:
         loss_scale: The `mlopt.precision.LossScale` of an fp16 problem, else None.
@@ -77,10 +87,11 @@ class Problem:
         self,
         name: str,
         *,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        module: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
         data: Iterable[Any] | Mapping[str, Iterable[Any]] | None = None,
         scheduler: Any = None,
+        scheduler_metric: str | None = None,
         hypergradient: AbstractEstimator | None = None,
         unroll_steps: int = 1,
         warmup_steps: int = 0,
@@ -90,13 +101,20 @@ class Problem:
         clip_norm: float | None = None,
         normalize_gradient: bool = False,
         precision: str | None = None,
+        env: Any = None,
     ) -> None:
         _check_name(name, type(self))
         self.name = name
-        self.module = module
-        self.optimizer = optimizer
-        self.data = data
-        self.scheduler = scheduler
+        self._peers: dict[str, Problem] = {}
+        self.env = env
+        # What is wrong with a module or optimizer is said by `_check`, whoever made it.
+        self.module: nn.Module = self.configure_module() if module is None else module  # type: ignore[assignment]
+        self.optimizer: torch.optim.Optimizer = (
+            self.configure_optimizer() if optimizer is None else optimizer  # type: ignore[assignment]
+        )
+        self.scheduler = self.configure_scheduler() if scheduler is None else scheduler
+        self.scheduler_metric = scheduler_metric
+        self.data = self.configure_data() if data is None else data
         self.hypergradient = hypergradient
         self.unroll_steps = unroll_steps
         self.warmup_steps = warmup_steps
@@ -107,7 +125,6 @@ class Problem:
         self.normalize_gradient = normalize_gradient
         self.precision = precision
         self.loss_scale: LossScale | None = None
-        self._peers: dict[str, Problem] = {}
         self._check()
         if tasks is not None:
             with torch.no_grad():
@@ -129,12 +146,61 @@ class Problem:
 
         Returns:
             The scalar loss, or a dict with the loss under ``"loss"`` and any metrics (scalar tensors or Python
-            numbers) under other keys.
+            numbers) under other keys. Those in nested dicts are named like ``"acc/top1"``.
         """
         raise NotImplementedError(
             f"problem {self.name!r}: {type(self).__name__} does not define training_step(self, batch); "
             "write it to return the loss"
         )
+
+    def configure_module(self) -> nn.Module | None:
+        """Make the module of a problem that is given none; override it. Called once, before everything else is made."""
+        return None
+
+    def configure_optimizer(self) -> torch.optim.Optimizer | None:
+        """Make the optimizer, over parameters of ``self.module``, of a problem that is given none; override it."""
+        return None
+
+    def configure_scheduler(self) -> Any:
+        """Make the scheduler of ``self.optimizer`` for a problem that is given none; override it to have one."""
+        return None
+
+    def configure_data(self) -> Iterable[Any] | Mapping[str, Iterable[Any]] | None:
+        """Make the data of a problem that is given none; override it to have some."""
+        return None
+
+    def get_batch(self) -> Any:
+        """Return the next batch; override it to draw batches otherwise than from `data`, which is then not read.
+
+        For replay buffers, environments, and whatever depends on the present parameters. It is called right before the
+        micro-batch it returns is used, once for each, never ahead (the first one is fetched when the program is
+        compiled), so steps of such a problem are made one by one. What it keeps between two calls is not part of
+        ``plan.state_dict()``, unless `get_extra_state` returns it.
+        """
+        raise NotImplementedError(f"problem {self.name!r}: {type(self).__name__} does not define get_batch(self)")
+
+    @property
+    def draws_batches(self) -> bool:
+        """Whether batches come from `get_batch`."""
+        return self._overrides("get_batch")
+
+    def epoch_callback(self) -> None:
+        """Run when the data (the first loader, of several) starts over, before the step that uses its first batch.
+
+        Steps of a problem that overrides it are made one by one. Nothing is known of passes over a `get_batch`.
+        """
+
+    @property
+    def has_epoch_callback(self) -> bool:
+        """Whether `epoch_callback` is overridden."""
+        return self._overrides("epoch_callback")
+
+    def get_extra_state(self) -> Any:
+        """Return what ``plan.state_dict()`` is to hold of this object besides the usual: plain data and tensors."""
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over what `get_extra_state` returned; not called for None."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the problem's module."""
@@ -182,7 +248,10 @@ class Problem:
         Steps of a problem that has some are made one by one, in Python.
         """
         names = ("on_inner_loop_start", "grad_callback", "optimizer_step", "param_callback")
-        return [n for n in names if getattr(type(self), n) is not getattr(Problem, n) or n in self.__dict__]
+        return [n for n in names if self._overrides(n)]
+
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Problem, method) or method in self.__dict__
 
     def optimizer_hyperparameters(self) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         """Return settings of the optimizer that are learned by problems above; override to have some.
@@ -278,11 +347,12 @@ class Problem:
             raise ProblemError(
                 f"problem {self.name!r}, argument `module`: expected a torch.nn.Module, got "
                 f"{type(self.module).__name__}; wrap bare parameters in a small nn.Module"
+                + ("" if self.module is not None else ", or override configure_module")
             )
         if self.optimizer is None:
             raise ProblemError(
                 f"problem {self.name!r}, argument `optimizer`: expected a torch.optim.Optimizer, got None; "
-                "pass for example torch.optim.SGD(module.parameters(), lr=0.1)"
+                "pass for example torch.optim.SGD(module.parameters(), lr=0.1), or override configure_optimizer"
             )
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ProblemError(
@@ -300,6 +370,11 @@ class Problem:
             raise ProblemError(
                 f"problem {self.name!r}, argument `optimizer`: none of the parameters it holds requires a gradient; "
                 "there is nothing to train"
+            )
+        if self.scheduler_metric is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            raise ProblemError(
+                f"problem {self.name!r}, argument `scheduler_metric`: it is for torch.optim.lr_scheduler."
+                f"ReduceLROnPlateau, the scheduler is {type(self.scheduler).__name__}; leave it out"
             )
         loaders = self.loaders()
         entries: list[tuple[str, Any]] = _labelled(loaders) if loaders else [("", self.data)]

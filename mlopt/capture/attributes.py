@@ -55,9 +55,14 @@ class ReadAttribute:
 
 
 class AttributeRecorder:
-    """The plain values read so far."""
+    """The plain values read so far.
+
+    Attributes:
+        read_env: The problem whose ``env`` was read, if one was.
+    """
 
     def __init__(self) -> None:
+        self.read_env: Problem | None = None
         self._first: dict[tuple[int, str], ReadAttribute] = {}
 
     def note(self, owner: object, name: str, value: object) -> None:
@@ -83,6 +88,8 @@ def recording_attributes() -> Iterator[AttributeRecorder]:
 
     def read(owner: object, name: str) -> Any:
         value = object.__getattribute__(owner, name)  # an AttributeError goes on to __getattr__, as always
+        if name == "env" and value is not None and isinstance(owner, Problem):
+            recorder.read_env = owner
         if name not in _MACHINERY and _is_plain_place(owner, name) and _varies(owner, value):
             recorder.note(owner, name, value)
         return value

@@ -129,6 +129,11 @@ class _LossModule(nn.Module):
                     f"problem {problem.name!r}: its training_step prints or logs, and a captured one runs only once\n"
                     f"  at {listener.line}"
                 )
+            if recorder.read_env is not None:
+                raise CaptureError(
+                    f"problem {problem.name!r}: its training_step reads the `env` of problem "
+                    f"{recorder.read_env.name!r}, and a captured one would act on it only once; call it in get_batch"
+                )
             seen.attributes = recorder.unchanged()
             if watcher.found is not None:
                 raise _own_backward_error(problem, watcher.found)
@@ -176,7 +181,7 @@ def split_result(problem: str, result: Any) -> tuple[torch.Tensor, Mapping[str, 
                 f"problem {problem!r}: training_step returned a dict without the key 'loss' "
                 f"(keys: {', '.join(map(str, result)) or 'none'}); put the scalar to minimize under 'loss'"
             )
-        loss, metrics = result["loss"], {str(k): v for k, v in result.items() if k != "loss"}
+        loss, metrics = result["loss"], _flat({k: v for k, v in result.items() if k != "loss"})
     else:
         loss, metrics = result, {}
     if not isinstance(loss, torch.Tensor):
@@ -185,6 +190,15 @@ def split_result(problem: str, result: Any) -> tuple[torch.Tensor, Mapping[str, 
             + ("; did it forget to return?" if loss is None else "; do not call .item() on the loss")
         )
     return loss, metrics
+
+
+def _flat(metrics: Mapping[Any, Any]) -> dict[str, Any]:
+    """Name what is in nested dicts like ``"acc/top1"``."""
+    flat: dict[str, Any] = {}
+    for key, value in metrics.items():
+        inner = {f"{key}/{k}": v for k, v in _flat(value).items()} if isinstance(value, Mapping) else {str(key): value}
+        flat.update(inner)
+    return flat
 
 
 def check_loss(problem: str, loss: torch.Tensor) -> None:

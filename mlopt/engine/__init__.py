@@ -1,5 +1,20 @@
-"""The training run around a plan: step count, progress, history, validation, callbacks. It sees public names only."""
+"""The training run around a plan: steps, time, progress, history, loggers, validation, checkpoints, callbacks.
 
-from mlopt.engine.engine import Callback, Engine
+It sees public names only; start in `engine.py`. Every other file here is one thing that a run may have.
+"""
 
-__all__ = ["Callback", "Engine"]
+from mlopt.engine.callback import Callback
+from mlopt.engine.engine import Engine
+from mlopt.engine.loggers import AbstractLogger, CSVLogger, JSONLLogger, TensorBoardLogger, WandbLogger
+from mlopt.engine.stopping import EarlyStopping
+
+__all__ = [
+    "AbstractLogger",
+    "CSVLogger",
+    "Callback",
+    "EarlyStopping",
+    "Engine",
+    "JSONLLogger",
+    "TensorBoardLogger",
+    "WandbLogger",
+]

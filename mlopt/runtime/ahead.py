@@ -40,6 +40,8 @@ class AheadRunner:
         if limit == 1 or alone or not any(plan[name].runs_ahead for name in lowest):
             return 1
         streams = {name: self._executor.states[name].stream for name in lowest}
+        if not all(stream.may_run_ahead for stream in streams.values()):
+            return 1
         compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())
         for name, stream in streams.items():
             derivatives = self._executor.derivatives(name, stream.peek())

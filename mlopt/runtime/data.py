@@ -45,14 +45,16 @@ class BatchStream:
     container; each starts over by itself when it ends.
 
     Args:
-        problem: The problem. Its ``data`` is read by ``iter()`` only.
+        problem: The problem. Its ``data`` is read by ``iter()`` only; where it overrides ``get_batch``, not at all.
     """
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._device = next(iter(problem.trained_parameters().values())).device
         self._cycles, self._fetch = _cycles(problem)
-        self._is_still = problem.data is None or (type(problem.data) in (list, tuple) and problem.loaders() is None)
+        is_list = type(problem.data) in (list, tuple) and problem.loaders() is None
+        self._is_still = not problem.draws_batches and (problem.data is None or is_list)
+        self._restarted = False  # since `take_restart`
         self._waiting: collections.deque[Batch] = collections.deque()
         self._last: tuple[Any, Batch] | None = None  # of data that is a list: an entry, and what it was made
 
@@ -60,6 +62,16 @@ class BatchStream:
     def is_still(self) -> bool:
         """Whether fetching runs no code of the user's, and so draws no random numbers and changes nothing."""
         return self._is_still
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether batches of later steps may be fetched now: no code of the user's waits for those steps."""
+        return not (self._problem.draws_batches or self._problem.has_epoch_callback)
+
+    def take_restart(self) -> bool:
+        """Whether the (first) loader has started over since this was asked before."""
+        restarted, self._restarted = self._restarted, False
+        return restarted
 
     def peek(self) -> Batch:
         """Return the next batch without using it up."""
@@ -72,7 +84,9 @@ class BatchStream:
         """
         made: dict[int, Batch] = {}
         while len(self._waiting) < count:
+            passes = self._cycles[0].num_restarts if self._cycles else 0
             fetched = self._fetch()
+            self._restarted |= bool(self._cycles) and self._cycles[0].num_restarts != passes
             if not self.is_still:
                 self._waiting.append(self.flatten(fetched))
                 continue
@@ -103,7 +117,11 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data as plain data, with the batches that were looked at but not used."""
-        return {"waiting": [b.pack() for b in self._waiting], "cycles": [c.state_dict() for c in self._cycles]}
+        return {
+            "waiting": [b.pack() for b in self._waiting],
+            "cycles": [c.state_dict() for c in self._cycles],
+            "restarted": self._restarted,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position. Batches are fetched again from where a loader began, so global generators are moved.
@@ -119,6 +137,7 @@ class BatchStream:
         for cycle, saved in zip(self._cycles, state["cycles"], strict=True):
             cycle.load_state_dict(saved)
         self._waiting = collections.deque(self.flatten(unpack(b)) for b in state["waiting"])
+        self._restarted = state.get("restarted", False)
 
     def flatten(self, batch: Any) -> Batch:
         """Flatten a batch of the user's and move it to the problem's device."""
@@ -128,6 +147,8 @@ class BatchStream:
 def _cycles(problem: Problem) -> tuple[list[_Cycle], Callable[[], Any]]:
     """Return a problem's loaders without end, and what fetches the next batch from them."""
     data, name = problem.data, problem.name
+    if problem.draws_batches:
+        return [], problem.get_batch
     if data is None:
         return [], lambda: None
     loaders = problem.loaders()
@@ -155,6 +176,7 @@ class _Cycle:
         self._iterator: Iterator[Any] | None = None
         self._start: dict[str, Any] | None = None  # the generators when the iterator began
         self._num_taken = 0
+        self.num_restarts = 0
         self._continued = False  # whether the iterator begins where another one, of a saved loader, has stopped
 
     def next(self) -> Any:
@@ -175,6 +197,7 @@ class _Cycle:
                 "re-iterable (a DataLoader, a list)"
             )
         self._iterator, self._continued = None, False
+        self.num_restarts += 1
         return self.next()
 
     def _begin(self) -> Iterator[Any]:

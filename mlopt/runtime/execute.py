@@ -41,7 +41,7 @@ from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
 from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
-from mlopt.runtime.schedule import mark_stepped
+from mlopt.runtime.schedule import mark_stepped, step_scheduler
 from mlopt.runtime.state import ProblemState, Sample
 from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
@@ -193,6 +193,8 @@ class Executor:
         state = self.states[name]
         count = self.problems[name].gradient_accumulation
         batches = state.stream.ahead(count)
+        if state.stream.take_restart():
+            self.problems[name].epoch_callback()
         self._start_inner_loop(name)
         self._begin_unrolls(name)
         samples: Sequence[Sample] = [Sample(b) for b in batches]
@@ -240,7 +242,7 @@ class Executor:
             )
             self.histories[name].record(run.samples, extra)
         self._keep_state(name, run)
-        self._update(name, gradients)
+        self._update(name, gradients, run.result.loss)
         return Made(results)
 
     def _keep_state(self, name: str, run: Pass) -> None:
@@ -267,18 +269,11 @@ class Executor:
             compiled.run(run.result.own, indirect)
         except RuntimeError as error:
             compiled.give_up(str(error))
-            self._update(name, self.total_gradient(name, run))
+            self._update(name, self.total_gradient(name, run), run.result.loss)
             return True
-        self._step_scheduler(name, made_by_graph=True)
+        mark_stepped(self.problems[name].optimizer)
+        step_scheduler(self.problems[name], run.result.loss)
         return True
-
-    def _step_scheduler(self, name: str, *, made_by_graph: bool) -> None:
-        scheduler = self.problems[name].scheduler
-        if scheduler is None:
-            return
-        if made_by_graph:
-            mark_stepped(self.problems[name].optimizer)
-        scheduler.step()
 
     def _step_compiled(self, name: str, sample: Sample) -> Made | None:
         """Make one step by its compiled graph; None if there is none, or if it failed and nothing was changed."""
@@ -308,8 +303,9 @@ class Executor:
         if guard is not None:
             guard.accept(name)
         self.states[name].samples = samples
-        self._step_scheduler(name, made_by_graph=True)
         assert outcome.outputs is not None
+        mark_stepped(self.problems[name].optimizer)
+        step_scheduler(self.problems[name], outcome.outputs[0])
         return Made(compiled.metrics(outcome.outputs), outcome.error)
 
     def snapshot(self) -> Callable[[], None]:
@@ -565,7 +561,7 @@ class Executor:
                 gradients.append(direct + part)
         return gradients
 
-    def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
+    def _update(self, name: str, gradients: list[torch.Tensor | None], loss: torch.Tensor) -> None:
         problem = self.problems[name]
         parameters = list(problem.trained_parameters().values())
         if "grad_callback" in problem.step_hooks():
@@ -576,7 +572,7 @@ class Executor:
         self._set_hyperparameters(name)
         problem.optimizer_step()
         problem.param_callback()
-        self._step_scheduler(name, made_by_graph=False)
+        step_scheduler(problem, loss)
 
     def _set_hyperparameters(self, name: str) -> None:
         """Write learned settings into the optimizer's groups."""

@@ -71,7 +71,7 @@ class Plan:
         """
         return self._advance(1)
 
-    def run(self, num_steps: int) -> StepResult:
+    def run(self, num_steps: int, *, on_results: Callable[[StepResult], None] | None = None) -> StepResult:
         """Make several global steps; what they do is what as many calls of `step` do.
 
         Where nothing else is due for a while, the steps of a lowest problem run as one native loop (`explain` says
@@ -79,6 +79,8 @@ class Plan:
 
         Args:
             num_steps: How many, at least 0.
+            on_results: Called with the result of every step, as `step` returns it; of steps that run as one native loop
+                there is one result, that of the last.
 
         Returns:
             The latest result of every problem that stepped.
@@ -86,7 +88,10 @@ class Plan:
         latest: StepResult = {}
         while num_steps > 0:
             count = self._ahead.steps_until_due(num_steps)
-            latest.update(self._advance(count))
+            results = self._advance(count)
+            if on_results is not None:
+                on_results(results)
+            latest.update(results)
             num_steps -= count
         return latest
 

@@ -122,6 +122,7 @@ def _problem_state(executor: Executor, name: str) -> dict[str, Any]:
         "steps_seen": state.steps_seen,
         "samples": [s.pack() for s in state.samples],
         "data": state.stream.state_dict(),
+        "extra": problem.get_extra_state(),
     }
 
 
@@ -135,6 +136,8 @@ def _restore_problem(executor: Executor, name: str, saved: dict[str, Any]) -> No
         problem.scheduler.load_state_dict(saved["scheduler"])
     if problem.loss_scale is not None:
         problem.loss_scale.load_state_dict(saved["loss_scale"])
+    if saved.get("extra") is not None:
+        problem.set_extra_state(saved["extra"])
     state.num_steps, state.steps_seen = saved["num_steps"], saved["steps_seen"]
     device = executor.layouts[name].device
     state.samples = tuple(Sample.unpack(s, state.stream, device) for s in saved["samples"])

@@ -1,4 +1,4 @@
-"""Runs a learning-rate scheduler ahead of the steps that it is for."""
+"""Learning-rate schedulers: after a step, and run ahead of the steps that they are for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mlopt.problem import Problem
 from mlopt.runtime.steps import CompiledStep
@@ -24,6 +24,7 @@ class ScheduleAhead:
         self._problem = problem
         self._state: Any = None
         self._groups: list[dict[str, Any]] = []
+        self._stands_still = problem.scheduler is None
 
     @classmethod
     def of(cls, problem: Problem, step: CompiledStep, count: int) -> ScheduleAhead | None:
@@ -37,7 +38,12 @@ class ScheduleAhead:
             ahead.rows = [step.settings()] * count
             return ahead
         learned = type(problem).optimizer_hyperparameters is not Problem.optimizer_hyperparameters
-        if not isinstance(scheduler, LRScheduler) or step.changes_settings or learned:
+        if problem.scheduler_metric is not None:  # it moves between the runs that are asked of a plan
+            ahead.rows = [step.settings()] * count
+            ahead._stands_still = True
+            return ahead
+        looks_at_loss = isinstance(scheduler, ReduceLROnPlateau)
+        if not isinstance(scheduler, LRScheduler) or looks_at_loss or step.changes_settings or learned:
             return None
         optimizer = problem.optimizer
         ahead._state = copy.deepcopy(scheduler.state_dict())
@@ -51,13 +57,29 @@ class ScheduleAhead:
     def settle(self, num_steps: int) -> None:
         """Put the scheduler where it is after this many of the steps."""
         scheduler = self._problem.scheduler
-        if scheduler is None or num_steps == len(self.rows):
+        if self._stands_still or num_steps == len(self.rows):
             return
         scheduler.load_state_dict(self._state)
         for group, saved in zip(self._problem.optimizer.param_groups, self._groups, strict=True):
             group.update({k: _copied(v) for k, v in saved.items()})
         for _ in range(num_steps):
             scheduler.step()
+
+
+def step_scheduler(problem: Problem, loss: torch.Tensor) -> None:
+    """Step a problem's scheduler after a step of its optimizer, if it has one that steps then.
+
+    Args:
+        problem: The problem.
+        loss: That of the step, for a scheduler that looks at it; reading it waits for the device.
+    """
+    scheduler = problem.scheduler
+    if scheduler is None or problem.scheduler_metric is not None:
+        return
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(float(loss))
+    else:
+        scheduler.step()
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

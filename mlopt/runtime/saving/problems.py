@@ -16,7 +16,7 @@ from mlopt.runtime.plan_state import tensors_of
 # Settings of a problem that are plain values, by the name of the argument.
 _PLAIN = (
     *("unroll_steps", "warmup_steps", "gradient_accumulation", "roll_back", "tasks"),
-    *("clip_norm", "normalize_gradient", "precision"),
+    *("clip_norm", "normalize_gradient", "precision", "scheduler_metric"),
 )
 
 
@@ -29,6 +29,7 @@ def describe(problem: Problem) -> dict[str, Any]:
     own_code = problem.step_hooks()
     if type(problem).optimizer_hyperparameters is not Problem.optimizer_hyperparameters:
         own_code.append("optimizer_hyperparameters")
+    own_code += ["get_batch"] * problem.draws_batches + ["epoch_callback"] * problem.has_epoch_callback
     if own_code:
         raise SaveError(
             f"problem {problem.name!r} overrides {', '.join(own_code)}, which is code and not part of a saved plan; "
