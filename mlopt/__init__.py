@@ -8,6 +8,7 @@ from mlopt.compile import compile  # noqa: A004 - the name users know from torch
 from mlopt.engine import (
     AbstractLogger,
     Callback,
+    Checkpoints,
     CSVLogger,
     EarlyStopping,
     Engine,
@@ -41,6 +42,7 @@ __all__ = [
     "AbstractLogger",
     "CSVLogger",
     "Callback",
+    "Checkpoints",
     "Dense",
     "EarlyStopping",
     "Engine",

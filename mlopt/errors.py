@@ -55,6 +55,10 @@ class SaveError(MloptError, ValueError):
     """A plan cannot be saved, or a saved plan cannot be loaded."""
 
 
+class CheckpointError(MloptError, RuntimeError):
+    """A checkpoint is damaged, or none of those in a folder can be used."""
+
+
 class VerificationWarning(UserWarning):
     """A compiled derivative disagrees with eager autograd; the eager one is used from here on."""
 
@@ -69,6 +73,10 @@ class BackendWarning(UserWarning):
 
 class NonFiniteWarning(UserWarning):
     """A step was not finite and has been left out, or the program rolled back."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is damaged; an earlier one is used instead."""
 
 
 class SolverWarning(UserWarning):

@@ -4,6 +4,7 @@ It sees public names only; start in `engine.py`. Every other file here is one th
 """
 
 from mlopt.engine.callback import Callback
+from mlopt.engine.checkpoints import Checkpoints
 from mlopt.engine.engine import Engine
 from mlopt.engine.loggers import AbstractLogger, CSVLogger, JSONLLogger, TensorBoardLogger, WandbLogger
 from mlopt.engine.stopping import EarlyStopping
@@ -12,6 +13,7 @@ __all__ = [
     "AbstractLogger",
     "CSVLogger",
     "Callback",
+    "Checkpoints",
     "EarlyStopping",
     "Engine",
     "JSONLLogger",

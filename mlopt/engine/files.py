@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-TEMPORARY = ".tmp-"  # is part of the name of a file that is being written
+_TEMPORARY = ".tmp-"  # begins the name of a file that is being written
 
 
-def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file durably: under another name, to the disk, then renamed to take the place of one that is there.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Give a file to write that takes the place of `path` at the end, once it is on the disk; not after an error.
 
     Args:
-        path: The file, in a folder that exists.
-        parts: Its content.
+        path: A file, there or not, in a folder that exists.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     try:
         with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as `write_bytes` does."""
-    write_bytes(path, [text.encode()])
+    """Write a text file, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
-def sync_folder(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
+    """Remove what runs that were killed had begun to write."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
     """Have the names in a folder written to the disk, where the system can."""
     if os.name != "posix":
         return
@@ -44,9 +52,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what runs that were killed had begun to write."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
