@@ -12,7 +12,7 @@ from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
 from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
 from mlopt.autodiff.recompute import Recompute, SplitPolicy
-from mlopt.autodiff.repeat import RepeatedSteps, repeated_steps
+from mlopt.autodiff.repeat import RepeatedSteps, num_repeated, repeated_steps
 from mlopt.autodiff.rows import fits
 from mlopt.autodiff.scaling import scale_gradients
 from mlopt.autodiff.step import StepGraph, present_gradients, step_graph
@@ -44,6 +44,7 @@ __all__ = [
     "gradient_over_tasks",
     "linearization_graphs",
     "linearization_over_tasks",
+    "num_repeated",
     "present_gradients",
     "read_gradient_graph",
     "read_gradient_over_tasks",

@@ -192,10 +192,14 @@ class Executor:
     def _step(self, name: str) -> dict[str, Any]:
         state = self.states[name]
         count = self.problems[name].gradient_accumulation
+        draws = self.problems[name].draws_batches
+        if draws:  # from an environment, say, that an inner loop begins by resetting
+            self._start_inner_loop(name)
         batches = state.stream.ahead(count)
         if state.stream.take_restart():
             self.problems[name].epoch_callback()
-        self._start_inner_loop(name)
+        if not draws:
+            self._start_inner_loop(name)
         self._begin_unrolls(name)
         samples: Sequence[Sample] = [Sample(b) for b in batches]
         made = self._step_on(name, samples)

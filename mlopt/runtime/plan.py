@@ -117,6 +117,29 @@ class Plan:
         self.num_steps += count
         return results
 
+    def steps_of(self, problem: str | Problem) -> int:
+        """Return how many optimizer steps a problem has made.
+
+        Raises:
+            KeyError: Unknown problem.
+        """
+        return self._executor.states[self._name(problem)].num_steps
+
+    def last_batch(self, problem: str | Problem) -> Any:
+        """Return the batch of a problem's last step (the last of its micro-batches), or None before the first.
+
+        Raises:
+            KeyError: Unknown problem.
+        """
+        samples = self._executor.states[self._name(problem)].samples
+        return samples[-1].batch.spec.unflatten(samples[-1].batch.tensors) if samples else None
+
+    def _name(self, problem: str | Problem) -> str:
+        name = problem.name if isinstance(problem, Problem) else problem
+        if name not in self.graph.problems:
+            raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
+        return name
+
     @property
     def keep_gradients(self) -> bool:
         """Whether every step leaves its gradient in ``.grad``, for code that looks at it; False at first.
@@ -166,9 +189,7 @@ class Plan:
         Raises:
             KeyError: Unknown problem.
         """
-        name = problem.name if isinstance(problem, Problem) else problem
-        if name not in self.graph.problems:
-            raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
+        name = self._name(problem)
         executor = self._executor
         flattened = None if batch is None else [executor.states[name].stream.flatten(batch)]
         gradients = executor.hypergradient(name, flattened)
@@ -274,9 +295,7 @@ class Plan:
                 Neumann, tasks, micro-batches, random numbers), nothing can be compiled here, or `path` is something
                 else.
         """
-        name = problem.name if isinstance(problem, Problem) else problem
-        if name not in self.graph.problems:
-            raise KeyError(f"unknown problem {name!r} (problems: {', '.join(self.graph.problems)})")
+        name = self._name(problem)
         export_hypergradient(path, self._executor, name)
 
     def explain(self) -> str:

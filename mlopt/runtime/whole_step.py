@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
-
-import torch
 
 from mlopt.autodiff import (
     FlatLayout,
     StepGraph,
-    draws_random,
+    num_repeated,
     present_gradients,
     repeated_steps,
     step_graph,
@@ -20,14 +17,9 @@ from mlopt.autodiff import (
 )
 from mlopt.capture import capture_update, warmed_twin
 from mlopt.errors import UpdateError
-from mlopt.passes import size_hint
 from mlopt.planner import ProblemPlan
 from mlopt.problem import Problem
 from mlopt.runtime.derivatives import DerivativeGraphs
-
-# More numbers than that take longer to read than a package takes to be called.
-_MOST_NUMBERS = 1 << 17
-_TIMES = range(4, 13)  # compiling takes longer the more steps there are
 
 
 def add_updates(
@@ -77,17 +69,7 @@ def add_updates(
 
 
 def _times(problem: Problem, step: StepGraph) -> int:
-    """Return how many steps one graph should make; 0 for no such graph.
-
-    They are worth having where there is one batch, and steps are so small that their calls count. Of `unroll_steps`
-    the last is made by itself, for its loss: the rest should be a multiple, or little more.
-    """
+    """Return how many steps one graph should make; 0 for no such graph: it takes one batch for all of them."""
     data = problem.data
     still = data is None or (type(data) in (list, tuple) and problem.loaders() is None and len(data) == 1)  # type: ignore[arg-type]
-    others = problem.unroll_steps - 1
-    if not still or others < min(_TIMES) or any(draws_random(n) for n in step.module.graph.nodes):
-        return 0
-    inputs = [n.meta["val"] for n in step.module.graph.nodes if n.op == "placeholder"]
-    if sum(math.prod(size_hint(n) for n in x.shape) for x in inputs if isinstance(x, torch.Tensor)) > _MOST_NUMBERS:
-        return 0
-    return min((t for t in _TIMES if t <= others), key=lambda t: (others % t, -t))
+    return num_repeated(step, problem.unroll_steps - 1) if still and not problem.draws_batches else 0

@@ -56,6 +56,23 @@ def test_get_batch_trains_like_the_same_data():
             assert torch.equal(p, q)
 
 
+def test_inner_loops_begin_before_their_first_batch_is_drawn():
+    seen = []
+
+    class Episodes(Drawing):
+        def on_inner_loop_start(self):
+            seen.append("start")
+
+        def get_batch(self):
+            seen.append("batch")
+            return super().get_batch()
+
+    plan, *_ = compiled(classifier=Episodes, data=None, unroll_steps=2)
+    plan.run(4)
+    # The first batch was drawn to compile.
+    assert seen == ["batch", "start", "batch", "start", "batch", "batch"]
+
+
 def test_state_of_the_users_own():
     class Kept(Drawing):
         def get_extra_state(self):
