@@ -1,6 +1,5 @@
 """Checkpoints: what is kept, what is noticed, and that a run goes on with the same bits."""
 
-import functools
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ import torch
 import mlopt
 from mlopt.engine import files
 from mlopt.errors import CheckpointError, CheckpointWarning, StateError
-from tests.helpers.bilevel import compiled
+from tests.engine.programs import program
 
 
 class FatalError(Exception):
@@ -42,20 +41,16 @@ class Counter(mlopt.Callback):
         self.num_logs = state["num_logs"]
 
 
-@functools.cache
-def program():
-    """A plan with everything that a state has to hold, and its state at the beginning."""
-    torch.manual_seed(0)
-    options = {"dropout": 0.3, "batch_norm": True, "unroll_steps": 2, "sizes": (12, 12, 12)}
-    plan, *_ = compiled(hypergradient=mlopt.CG(max_steps=3, damping=1.0, warm_start=True), **options)
-    return plan, plan.state_dict()
+CG = mlopt.CG(max_steps=3, damping=1.0, warm_start=True)
 
 
 def make_engine(path=None, steps=12, crash_at=None, every=4, keep_last=3, seed=None, best="acc", **options):
-    """An engine around the program at its beginning; with a `seed`, around one in a state that has to be replaced."""
-    plan, beginning = program()
-    plan.load_state_dict(beginning)
-    module = plan.graph.problems["classifier"].module
+    """An engine around a program with everything that a state has to hold, at its beginning.
+
+    With a `seed` the program is in another state, which has to be replaced.
+    """
+    plan, lower, _ = program(hypergradient=CG, dropout=0.3, batch_norm=True, unroll_steps=2, sizes=(12, 12, 12))
+    module = lower.module
     if seed is not None:
         torch.manual_seed(seed)
         torch.nn.init.normal_(module[0].weight)
@@ -127,7 +122,7 @@ def test_state_dict(unbroken):
     assert all(torch.equal(v, other[0][k]) for k, v in one[0].items())
     with pytest.raises(StateError, match="has the format None, expected 1"):
         engine.load_state_dict(engine.plan.state_dict() | {"format": None})
-    plan, *_ = compiled()
+    plan, *_ = program()
     with pytest.raises(StateError, match="an engine with 1 callbacks, this one has 0"):
         mlopt.Engine(plan, 1).load_state_dict(state)
 
@@ -240,7 +235,7 @@ def test_bad_counts(options):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="argument `mode`: expected 'min' or 'max', got 'best'"):
         mlopt.Checkpoints(mode="best")
-    plan, *_ = compiled()
+    plan, *_ = program()
     with pytest.raises(ValueError, match="argument `checkpoints`: give it a `dir`, or the engine a `run_dir`"):
         mlopt.Engine(plan, 1, checkpoints=mlopt.Checkpoints())
 

@@ -11,7 +11,7 @@ import torch
 
 import mlopt
 from mlopt.engine.metrics import RunningMeans, flatten
-from tests.helpers.bilevel import compiled
+from tests.engine.programs import program
 
 
 def rows(path):
@@ -40,7 +40,7 @@ class Kept(mlopt.AbstractLogger):
 
 
 def test_files_hold_the_history(tmp_path):
-    plan, *_ = compiled(unroll_steps=2)
+    plan, *_ = program(unroll_steps=2)
     logger = Kept()
     engine = mlopt.Engine(
         plan,
@@ -67,7 +67,7 @@ def test_files_hold_the_history(tmp_path):
 
 
 def test_values_are_means_over_the_interval():
-    plan, *_ = compiled(unroll_steps=2)
+    plan, *_ = program(unroll_steps=2)
     losses = []
 
     class Watch(mlopt.Callback):
@@ -84,7 +84,7 @@ def test_values_are_means_over_the_interval():
     history = engine.run()
     expected = [(3, sum(losses[:3]) / 3), (5, sum(losses[3:]) / 2)]
     assert history["classifier.loss"] == seen == expected
-    plan, *_ = compiled(unroll_steps=2)  # and without a callback that has steps made one by one
+    plan, *_ = program(unroll_steps=2)  # and without a callback that has steps made one by one
     assert set(mlopt.Engine(plan, steps=5, log_every=3, progress=False).run()) == set(history)
 
 
@@ -145,7 +145,7 @@ def test_json_without_numbers_that_are_none(tmp_path):
 
 
 def test_loggers_are_closed_after_an_error():
-    plan, *_ = compiled()
+    plan, *_ = program()
     logger = Kept()
 
     def validate():
@@ -193,7 +193,7 @@ def test_wandb(monkeypatch):
     stub = types.ModuleType("wandb")
     stub.init = lambda **arguments: sent.append(arguments) or run
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    plan, *_ = compiled()
+    plan, *_ = program()
     mlopt.Engine(plan, steps=2, log_every=2, loggers=[mlopt.WandbLogger(project="p", name="n")], progress=False).run()
     assert sent[0]["project"] == "p" and sent[0]["config"]["engine"]["steps"] == 2
     step, values = sent[1]

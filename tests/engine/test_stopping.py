@@ -7,11 +7,11 @@ import pytest
 
 import mlopt
 from mlopt.engine import engine as engine_module
-from tests.helpers.bilevel import compiled
+from tests.engine.programs import program
 
 
 def engine_with(values, steps=100, **options):
-    plan, *_ = compiled()
+    plan, *_ = program()
     values = iter(values)
     return mlopt.Engine(
         plan, steps, validate=lambda: {"acc": next(values)}, validate_every=2, progress=False, **options
@@ -67,7 +67,7 @@ def test_a_missing_metric_is_named():
 
 
 def test_arguments_that_are_needed():
-    plan, *_ = compiled()
+    plan, *_ = program()
     with pytest.raises(ValueError, match="expected `steps` or `seconds`, got neither"):
         mlopt.Engine(plan)
     with pytest.raises(ValueError, match="`early_stopping` looks at a number of `validate`, which is not given"):
@@ -80,7 +80,7 @@ def test_arguments_that_are_needed():
 class Clock:
     """Stands still, but for 1 second per step of a plan."""
 
-    def __init__(self, plan):
+    def __init__(self, plan, monkeypatch):
         self.now = 100.0
         step = plan._advance
 
@@ -88,15 +88,15 @@ class Clock:
             self.now += count
             return step(count)
 
-        plan._advance = advance
+        monkeypatch.setattr(plan, "_advance", advance)
 
     def monotonic(self):
         return self.now
 
 
 def test_time_budget_ends_with_the_step_in_which_it_passes(monkeypatch):
-    plan, *_ = compiled()
-    monkeypatch.setattr(engine_module, "time", Clock(plan))
+    plan, *_ = program()
+    monkeypatch.setattr(engine_module, "time", Clock(plan, monkeypatch))
     engine = mlopt.Engine(plan, seconds=6.5, log_every=4, progress=False)
     history = engine.run()
     assert engine.step == 7 and engine.stop_reason == "seconds" and engine.seconds == 7.0
@@ -109,7 +109,7 @@ def test_time_budget_ends_with_the_step_in_which_it_passes(monkeypatch):
 
 
 def test_time_budget_is_kept():
-    plan, *_ = compiled()
+    plan, *_ = program()
     began = time.monotonic()
     engine = mlopt.Engine(plan, seconds=0.3, log_every=10**6, progress=False)
     engine.run()
@@ -117,7 +117,7 @@ def test_time_budget_is_kept():
 
 
 def test_callbacks_may_stop_the_run():
-    plan, *_ = compiled()
+    plan, *_ = program()
 
     class Enough(mlopt.Callback):
         def on_log(self, engine, values):
