@@ -246,7 +246,8 @@ class Executor:
             )
             self.histories[name].record(run.samples, extra)
         self._keep_state(name, run)
-        self._update(name, gradients, run.result.loss)
+        self._update(name, gradients)
+        step_scheduler(self.problems[name], run.result.loss)
         return Made(results)
 
     def _keep_state(self, name: str, run: Pass) -> None:
@@ -565,7 +566,7 @@ class Executor:
                 gradients.append(direct + part)
         return gradients
 
-    def _update(self, name: str, gradients: list[torch.Tensor | None], loss: torch.Tensor) -> None:
+    def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
         problem = self.problems[name]
         parameters = list(problem.trained_parameters().values())
         if "grad_callback" in problem.step_hooks():
@@ -576,7 +577,6 @@ class Executor:
         self._set_hyperparameters(name)
         problem.optimizer_step()
         problem.param_callback()
-        step_scheduler(problem, loss)
 
     def _set_hyperparameters(self, name: str) -> None:
         """Write learned settings into the optimizer's groups."""

@@ -5,11 +5,12 @@ import torch
 
 import mlopt
 from mlopt.errors import NonFiniteError, NonFiniteWarning
-from tests.helpers.bilevel import compiled, make
+from tests.engine.programs import program
+from tests.helpers.bilevel import make
 
 
 def test_run_records_history():
-    plan, *_ = compiled(unroll_steps=2)
+    plan, *_ = program(unroll_steps=2)
     engine = mlopt.Engine(plan, steps=10, log_every=5, progress=False)
     history = engine.run()
     assert [s for s, _ in history["classifier.loss"]] == [5, 10]
@@ -19,7 +20,7 @@ def test_run_records_history():
 
 
 def test_validation_and_callbacks():
-    plan, *_ = compiled()
+    plan, *_ = program()
     seen = []
 
     class Log(mlopt.Callback):
@@ -46,7 +47,7 @@ def test_validation_and_callbacks():
 
 
 def test_progress_bar_shows_both_losses(capsys):
-    plan, *_ = compiled()
+    plan, *_ = program()
     mlopt.Engine(plan, steps=20).run()
     bar = capsys.readouterr().err
     assert "train" in bar and "classifier=" in bar and "reweight=" in bar and "20/20" in bar
@@ -55,7 +56,7 @@ def test_progress_bar_shows_both_losses(capsys):
 @pytest.mark.parametrize("argument", ["steps", "validate_every", "log_every"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, True])
 def test_bad_counts(argument, value):
-    plan, *_ = compiled()
+    plan, *_ = program()
     with pytest.raises(ValueError, match=f"Engine, argument `{argument}`: expected an integer >= 1"):
         mlopt.Engine(plan, **{"steps": 1, argument: value})
 
