@@ -28,7 +28,7 @@ WIDTH, LR = 8, 0.1
 OPERATIONS = ("zero", "skip", "average 3x3", "conv 1x1", "conv 3x3")
 EDGES = ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))  # from layer, to layer; layer 0 is the stem
 ESTIMATORS = {
-    # The paper's step along v is the learning rate below. With scale=1 every edge became "skip", on all five seeds tried.
+    # The paper's step along v is the learning rate below. With scale=1 every edge became "skip", on all five seeds.
     "finite difference": mlopt.FiniteDifference(scale=LR),
     "conjugate gradients": mlopt.CG(max_steps=3, rtol=1e-2, damping=1.0, curvature="ggn"),
 }

@@ -1,11 +1,15 @@
-"""Few-shot learning with implicit gradients: iMAML (Rajeswaran et al. 2019, arXiv 1909.04630), 5-way 1-shot.
+"""Few-shot learning, 5-way 1-shot: iMAML (Rajeswaran et al. 2019, arXiv 1909.04630) and MAML (Finn et al. 2017).
 
 The upper problem holds the initialization of a small convolutional network. The lower problem has 16 tasks: 16 copies
-of the network that adapt to 5 labelled images each, kept near the initialization by a quadratic term. All tasks run as
-one batch. The upper gradient passes through the 16 adapted networks by conjugate gradients.
+of the network that adapt to 5 labelled images each. All tasks run as one batch.
 
-    python examples/imaml.py --data-dir PATH           # PATH holds omniglot.npz
-    python examples/imaml.py --data-dir PATH --check   # one batched hypergradient against 16 serial ones, float64
+- iMAML: the copies are kept near the initialization by a quadratic term, and the upper gradient passes through the
+  *optimum* of each by conjugate gradients.
+- MAML (arXiv 1703.03400): it passes through the *steps*, by reverse mode (`mlopt.Unroll`). What the lower problem
+  solves for is then how far a copy has gone from the initialization, so that its loss reads the initialization.
+
+    python examples/imaml.py --data-dir PATH [--method maml] [--seeds 3]    # PATH holds omniglot.npz
+    python examples/imaml.py --data-dir PATH --check    # batched hypergradients against serial ones, float64
 
 ``omniglot.npz`` has ``x``, uint8 [1623 characters, 20 drawers, 28, 28], the 964 characters of the background alphabets
 first (Lake, Salakhutdinov and Tenenbaum 2015). Without ``--data-dir`` the images are scikit-learn's digits, five of ten
@@ -20,7 +24,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
+import common
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,9 +34,6 @@ from torch import nn
 from tqdm import tqdm
 
 import mlopt
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 WAYS, QUERIES = 5, 5
 PROXIMITY = 0.5  # weight of the quadratic term, lambda in the paper
@@ -58,6 +60,32 @@ class Meta(mlopt.Problem):
         """Return loss and accuracy."""
         x, y = batch
         logits = self.adapt(x)
+        return {"loss": F.cross_entropy(logits, y), "acc": (logits.argmax(1) == y).float().mean()}
+
+
+def adapted(start: nn.Module, offset: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters of a copy: those of the initialization, and how far it went."""
+    offsets = dict(offset.named_parameters())
+    return {name: parameter + offsets[name] for name, parameter in start.named_parameters()}
+
+
+class Steps(mlopt.Problem):
+    """Lower problem of MAML: how far each copy has gone from the initialization."""
+
+    def training_step(self, batch):
+        """Return cross-entropy on the task's labelled images."""
+        x, y = batch
+        start = self.meta.module
+        return F.cross_entropy(torch.func.functional_call(start, adapted(start, self.module), (x,)), y)
+
+
+class Start(mlopt.Problem):
+    """Upper problem of MAML."""
+
+    def training_step(self, batch):
+        """Return loss and accuracy."""
+        x, y = batch
+        logits = torch.func.functional_call(self.module, adapted(self.module, self.adapt.module), (x,))
         return {"loss": F.cross_entropy(logits, y), "acc": (logits.argmax(1) == y).float().mean()}
 
 
@@ -127,26 +155,29 @@ def load(data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     return classes[:, :120], classes[:, 120:]
 
 
-def make_program(
-    episodes: Episodes, filters: int, inner_steps: int, tasks: int | None, lr: float, meta_lr: float
-) -> mlopt.Graph:
+def make_program(episodes: Episodes, args: argparse.Namespace, tasks: int | None, seed: int = 0) -> mlopt.Graph:
     """Return the bilevel program; `tasks` None for one task without a task axis."""
-    torch.manual_seed(0)
-    meta_net = network(filters)
+    torch.manual_seed(seed)
+    meta_net = network(args.filters)
     net = copy.deepcopy(meta_net)
-    adapt = Adapt(
+    lower, upper, hypergradient = Adapt, Meta, mlopt.CG(max_steps=5, rtol=1e-4, damping=1.0)
+    if args.method == "maml":
+        lower, upper, hypergradient = Steps, Start, mlopt.Unroll(args.inner_steps)
+        for parameter in net.parameters():
+            parameter.data.zero_()
+    adapt = lower(
         "adapt",
         module=net,
-        optimizer=torch.optim.SGD(net.parameters(), lr=lr),
-        data=Part(episodes, 0, inner_steps),
-        hypergradient=mlopt.CG(max_steps=5, rtol=1e-4, damping=1.0),
-        unroll_steps=inner_steps,
+        optimizer=torch.optim.SGD(net.parameters(), lr=args.lr),
+        data=Part(episodes, 0, args.inner_steps),
+        hypergradient=hypergradient,
+        unroll_steps=args.inner_steps,
         tasks=tasks,
     )
-    meta = Meta(
+    meta = upper(
         "meta",
         module=meta_net,
-        optimizer=torch.optim.Adam(meta_net.parameters(), lr=meta_lr),
+        optimizer=torch.optim.Adam(meta_net.parameters(), lr=args.meta_lr),
         data=Part(episodes, 1, 1),
     )
     return mlopt.Graph([adapt, meta])
@@ -156,17 +187,22 @@ def restart(adapt: mlopt.Problem, meta: mlopt.Problem) -> None:
     """Let every task begin at the initialization."""
     with torch.no_grad():
         for mine, shared in zip(adapt.module.parameters(), meta.module.parameters(), strict=True):
-            mine.copy_(shared.expand_as(mine))
+            if isinstance(adapt, Steps):
+                mine.zero_()
+            else:
+                mine.copy_(shared.expand_as(mine))
 
 
-def evaluate(meta_net: nn.Module, episodes: Episodes, count: int, inner_steps: int, lr: float) -> float:
+def evaluate(meta_net: nn.Module, episodes: Episodes, count: int, args: argparse.Namespace) -> float:
     """Return the accuracy on new classes after adaptation, by plain PyTorch."""
     start = {k: p.detach() for k, p in meta_net.named_parameters()}
+    inner_steps, lr = args.inner_steps, args.lr
+    proximity = PROXIMITY if args.method == "imaml" else 0.0
 
     def loss(parameters, x, y):
         logits = torch.func.functional_call(meta_net, parameters, (x,))
         distance = sum((parameters[k] - start[k]).square().sum() for k in start)
-        return F.cross_entropy(logits, y) + 0.5 * PROXIMITY * distance
+        return F.cross_entropy(logits, y) + 0.5 * proximity * distance
 
     step = torch.func.vmap(torch.func.grad(loss))
     right = total = 0
@@ -185,12 +221,11 @@ def evaluate(meta_net: nn.Module, episodes: Episodes, count: int, inner_steps: i
 def check(images: torch.Tensor, args: argparse.Namespace) -> None:
     """Compare one batched hypergradient with the mean of serial ones, and their times."""
     episodes = Episodes(images, args.tasks, seed=0)
-    options = (args.filters, args.inner_steps)
-    graph = make_program(episodes, *options, args.tasks, args.lr, args.meta_lr)
+    graph = make_program(episodes, args, args.tasks)
     plan = mlopt.compile(graph)
     start = time.perf_counter()
-    for _ in range(args.inner_steps):
-        plan._executor.step("adapt")
+    for _ in range(args.inner_steps - 1):  # with one more the upper problem would step, too
+        plan.step()
     batched = plan.hypergradient("meta")
     seconds = time.perf_counter() - start
     serial, serial_seconds = [], 0.0
@@ -202,14 +237,14 @@ def check(images: torch.Tensor, args: argparse.Namespace) -> None:
             return tuple(tuple(t[self.task] for t in side) for side in super().__getitem__(number))
 
     one = One(images, args.tasks, seed=0)
-    single_graph = make_program(one, *options, None, args.lr, args.meta_lr)
+    single_graph = make_program(one, args, None)
     for task in range(args.tasks):
         one.task = task
         single = mlopt.compile(single_graph, progress=False)
         restart(single_graph.problems["adapt"], single_graph.problems["meta"])
         start = time.perf_counter()
-        for _ in range(args.inner_steps):
-            single._executor.step("adapt")
+        for _ in range(args.inner_steps - 1):
+            single.step()
         serial.append(single.hypergradient("meta"))
         serial_seconds += time.perf_counter() - start
     got = torch.cat([g.reshape(-1) for g in batched.values()])
@@ -220,62 +255,66 @@ def check(images: torch.Tensor, args: argparse.Namespace) -> None:
     )
 
 
+def train(images: torch.Tensor, test: torch.Tensor, args: argparse.Namespace, seed: int, verbose: bool) -> list:
+    """Train from one seed; return the accuracies of the training episodes, and (episode, test accuracy)."""
+    episodes, held_out = Episodes(images, args.tasks, seed=2 * seed), Episodes(test, args.tasks, seed=2 * seed + 1)
+    graph = make_program(episodes, args, args.tasks, seed)
+    plan = mlopt.compile(graph)
+    if verbose:
+        print(plan.explain())
+    adapt, meta = graph.problems["adapt"], graph.problems["meta"]
+    curve, tests = [], [(0, evaluate(meta.module, held_out, 5, args))]
+    every = max(1, args.episodes // 10)
+    with tqdm(total=args.episodes, desc="episodes", disable=None) as bar:
+        for episode in range(1, args.episodes + 1):
+            restart(adapt, meta)
+            result = plan.run(args.inner_steps)["meta"]
+            curve.append(float(result["acc"]))
+            if episode % every == 0 or episode == args.episodes:
+                tests.append((episode, evaluate(meta.module, held_out, 5, args)))
+            bar.set_postfix(loss=f"{float(result['loss']):.3f}", acc=f"{curve[-1]:.3f}", test=f"{tests[-1][1]:.3f}")
+            bar.update()
+    return [curve, tests]
+
+
 def main() -> None:
     """Train, print a table, save the curve."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, "imaml_out")
     parser.add_argument("--data-dir", help="folder with omniglot.npz; without it, scikit-learn's digits")
+    parser.add_argument("--method", choices=["imaml", "maml"], default="imaml", help="default %(default)s")
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--filters", type=int, default=32)
-    parser.add_argument("--inner-steps", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=0.1, help="of the inner steps")
+    parser.add_argument("--inner-steps", type=int, help="default: 10, for MAML 5")
+    parser.add_argument("--lr", type=float, help="of the inner steps; default: 0.1, for MAML 0.4")
     parser.add_argument("--meta-lr", type=float, default=2e-3)
-    parser.add_argument("--out-dir", default="imaml_out")
     parser.add_argument("--check", action="store_true", help="compare one batched call with serial ones, and stop")
-    args = parser.parse_args()
-    train, test = load(args.data_dir)
+    args = common.parse(parser)
+    args.inner_steps = args.inner_steps or (10 if args.method == "imaml" else 5)
+    args.lr = args.lr or (0.1 if args.method == "imaml" else 0.4)
+    images, test = load(args.data_dir)
     if args.check:
         torch.set_default_dtype(torch.float64)
-        check(train.double(), args)
+        check(images.double(), args)
         return
-    episodes, held_out = Episodes(train, args.tasks, seed=0), Episodes(test, args.tasks, seed=1)
-    graph = make_program(episodes, args.filters, args.inner_steps, args.tasks, args.lr, args.meta_lr)
-    plan = mlopt.compile(graph)
-    print(plan.explain())
-    adapt, meta = graph.problems["adapt"], graph.problems["meta"]
-    steps, curve, tests = [], [], []
     start = time.perf_counter()
-
-    def test_accuracy() -> float:
-        return evaluate(meta.module, held_out, 5, args.inner_steps, args.lr)
-
-    every = max(1, args.episodes // 10)
-    tests.append((0, test_accuracy()))
-    with tqdm(total=args.episodes, desc="episodes") as bar:
-        for episode in range(args.episodes):
-            restart(adapt, meta)
-            result = plan.run(args.inner_steps)["meta"]
-            steps.append(episode + 1)
-            curve.append(float(result["acc"]))
-            if (episode + 1) % every == 0 or episode + 1 == args.episodes:
-                tests.append((episode + 1, test_accuracy()))
-            bar.set_postfix(loss=f"{float(result['loss']):.3f}", acc=f"{curve[-1]:.3f}", test=f"{tests[-1][1]:.3f}")
-            bar.update()
+    runs = [train(images, test, args, seed, seed == args.seed) for seed in range(args.seed, args.seed + args.seeds)]
     name = "Omniglot, new alphabets" if args.data_dir else "digits, new images"
-    print(f"\n{WAYS}-way 1-shot, {args.tasks} tasks per episode, {name}")
-    print("episodes  accuracy after adaptation\n--------  -------------------------")
-    for number, accuracy in tests:
-        print(f"{number:8}  {100 * accuracy:.1f} %")
-    out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        (str(number), common.mean([100 * run[1][k][1] for run in runs])) for k, (number, _) in enumerate(runs[0][1])
+    ]
+    title = f"{args.method}, {WAYS}-way 1-shot, {args.tasks} tasks per episode, {name}; {args.seeds} seed(s)"
+    common.print_table(title, ("episodes", "accuracy after adaptation, %"), rows)
+    curve, tests = runs[-1]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(steps, curve, color="0.75", lw=0.8, label="training episodes")
+    axes.plot(range(1, len(curve) + 1), curve, color="0.75", lw=0.8, label="training episodes")
     axes.plot(*zip(*tests, strict=True), "o-", label=name)
     axes.axhline(1 / WAYS, color="0.5", ls=":", label="chance")
-    axes.set(xlabel="episode", ylabel="query accuracy after adaptation", ylim=(0, 1), title="iMAML, 5-way 1-shot")
+    title = {"imaml": "iMAML", "maml": "MAML"}[args.method]
+    axes.set(xlabel="episode", ylabel="query accuracy after adaptation", ylim=(0, 1), title=f"{title}, 5-way 1-shot")
     axes.legend()
-    figure.savefig(out / "imaml.png", dpi=130)
-    print(f"saved {out / 'imaml.png'}; took {time.perf_counter() - start:.0f} s")
+    figure.savefig(args.out_dir / f"{args.method}.png", dpi=130)
+    print(f"saved {args.out_dir / f'{args.method}.png'}; took {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

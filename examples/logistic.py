@@ -7,8 +7,8 @@ arXiv 1602.02355) and Lorraine, Vicol and Duvenaud (2020, arXiv 1911.02590).
     python examples/logistic.py [--seeds 3] [--data-dir PATH]
 
 Compared with no weight decay, and with one weight decay for all, chosen on the same validation data among 25. The data
-are scikit-learn's breast cancer records (569 x 30) with as many columns of noise added; with ``--data-dir``, a9a (census
-records, 123 binary columns) from ``a9a.npz``.
+are scikit-learn's breast cancer records (569 x 30) with as many columns of noise added; with ``--data-dir``, a9a
+(census records, 123 binary columns) from ``a9a.npz``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Three levels: which pretraining samples help? After learning by ignoring (Choe et al. 2023, arXiv 2207.02849, sec. 5).
+"""Three levels: which pretraining samples help? After Choe et al. 2023, arXiv 2207.02849, section 5.
 
 1. `pretrain` trains an encoder on many samples with doubtful labels, each weighted.
 2. `finetune` trains a copy on a few samples with right labels, pulled towards the pretrained parameters.
@@ -8,7 +8,8 @@ The gradient of the third reaches its parameters through the optimum of the seco
 
     python examples/pretraining.py [--seeds 3]
 
-The data are scikit-learn's digits: 900 for pretraining, of which 50 % have a wrong label, 40 for finetuning, 40 held out.
+The data are scikit-learn's digits: 900 for pretraining, of which 50 % have a wrong label, 40 for finetuning, and 40
+held out.
 Every method sees the same samples: the plain ones finetune on both small sets.
 """
 

@@ -18,12 +18,13 @@ def run(*command):
     )
 
 
-def test_imaml(tmp_path):
-    small = ["--tasks", 3, "--filters", 4, "--inner-steps", 3]
+@pytest.mark.parametrize("method", ["imaml", "maml"])
+def test_few_shot(method, tmp_path):
+    small = ["--method", method, "--tasks", 3, "--filters", 4, "--inner-steps", 3]
     result = run(ROOT / "examples" / "imaml.py", *small, "--episodes", 4, "--out-dir", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(r"^ +\d+  [\d.]+ %$", result.stdout, flags=re.MULTILINE)) == 5
-    assert (tmp_path / "imaml.png").exists()
+    assert len(re.findall(r"^\d+ +[\d.]+$", result.stdout, flags=re.MULTILINE)) == 5
+    assert (tmp_path / f"{method}.png").exists()
     result = run(ROOT / "examples" / "imaml.py", *small, "--check")
     assert result.returncode == 0, result.stderr
     (difference,) = re.findall(r"relative difference ([\d.e+-]+);", result.stdout)
