@@ -70,6 +70,8 @@ class Engine:
     Attributes:
         step: Global steps made by this engine.
         history: ``"problem.metric"`` -> list of (step, value), one entry per `log_every`.
+        early_stopping: As given.
+        checkpoints: As given.
         stop_reason: Why the run is over: ``"steps"``, ``"seconds"``, ``"early stopping"``, or what `stop` was given;
             "" while it is not.
 
@@ -118,7 +120,7 @@ class Engine:
         self.stop_reason = ""
         self.early_stopping = early_stopping
         self.checkpoints = checkpoints
-        self.options = {
+        self._options = {
             **{"steps": steps, "seconds": seconds, "validate_every": validate_every, "log_every": log_every},
             **{"early_stopping": None if early_stopping is None else repr(early_stopping), "non_finite": non_finite},
             **{"snapshot_every": snapshot_every, "warm_up": warm_up},
@@ -175,7 +177,7 @@ class Engine:
 
     def config(self) -> dict[str, Any]:
         """Describe the run as plain data: options, problems with optimizers and estimators, versions, the seed."""
-        return describe(self.plan, self.options)
+        return describe(self.plan, self._options)
 
     def state_dict(self) -> dict[str, Any]:
         """Copy everything that going on with the run needs: ``plan.state_dict()`` and what the engine has counted.

@@ -67,21 +67,29 @@ class RunDirectory:
             self._can_draw = False
             logger.warning("%s is not drawn: matplotlib is not installed", self.path / "curves.png")
             return
-        names = list(history)[:_MOST_PANELS]
-        columns = min(3, len(names))
-        rows = -(-len(names) // columns)
-        figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+        figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False).flat
-        for name, axis in zip(names, axes, strict=False):
-            steps, values = zip(*history[name], strict=True)
-            axis.plot(steps, values, marker="." if len(steps) < 50 else None)
-            axis.set_title(name)
-            axis.set_xlabel("step")
-            axis.grid(alpha=0.3)
-        for axis in axes:  # those that are left over
-            axis.set_axis_off()
-        with replacing(self.path / "curves.png") as file:
-            figure.savefig(file, format="png", dpi=100)
+        _plot(figure, history)
+        try:
+            with replacing(self.path / "curves.png") as file:
+                figure.savefig(file, format="png", dpi=100)
+        except OSError as error:  # a run is worth more than a picture of it
+            logger.warning("%s is not drawn: %s", self.path / "curves.png", error)
         self._drawn = time.monotonic()
         self._took = self._drawn - began
+
+
+def _plot(figure: Any, history: Mapping[str, list[tuple[int, float]]]) -> None:
+    names = list(history)[:_MOST_PANELS]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure.set_size_inches(4 * columns, 2.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for name, axis in zip(names, axes, strict=False):
+        steps, values = zip(*history[name], strict=True)
+        axis.plot(steps, values, marker="." if len(steps) < 50 else None)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    for axis in axes:  # those that are left over
+        axis.set_axis_off()

@@ -274,9 +274,9 @@ class Executor:
             compiled.run(run.result.own, indirect)
         except RuntimeError as error:
             compiled.give_up(str(error))
-            self._update(name, self.total_gradient(name, run), run.result.loss)
-            return True
-        mark_stepped(self.problems[name].optimizer)
+            self._update(name, self.total_gradient(name, run))
+        else:
+            mark_stepped(self.problems[name].optimizer)
         step_scheduler(self.problems[name], run.result.loss)
         return True
 

@@ -356,3 +356,12 @@ def test_no_curves_without_matplotlib(tmp_path, monkeypatch, caplog):
     assert [r.getMessage() for r in caplog.records if "matplotlib" in r.getMessage()] == [
         f"{tmp_path / 'curves.png'} is not drawn: matplotlib is not installed"
     ]
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "curves.png").mkdir()
+    with caplog.at_level(logging.WARNING, "mlopt"):
+        engine = make_engine(run_dir=tmp_path, steps=2)
+        engine.run()
+    assert engine.step == 2 and "curves.png is not drawn" in caplog.text

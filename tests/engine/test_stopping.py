@@ -108,6 +108,19 @@ def test_time_budget_ends_with_the_step_in_which_it_passes(monkeypatch):
     assert both.step == 3 and both.stop_reason == "steps"
 
 
+def test_time_of_a_resumed_run_counts(monkeypatch):
+    plan, *_ = program()
+    monkeypatch.setattr(engine_module, "time", Clock(plan, monkeypatch))
+    engine = mlopt.Engine(plan, steps=4, progress=False)
+    engine.run()
+    state = engine.state_dict()
+    assert state["seconds"] == 4.0
+    engine = mlopt.Engine(plan, seconds=6.5, progress=False)
+    engine.load_state_dict(state)
+    engine.run()
+    assert engine.step == 7 and engine.seconds == 7.0
+
+
 def test_time_budget_is_kept():
     plan, *_ = program()
     began = time.monotonic()

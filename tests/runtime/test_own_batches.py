@@ -1,12 +1,14 @@
 """What a problem may bring along itself: batches, modules and optimizers, an environment, state."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 import mlopt
-from mlopt.errors import IslandWarning, ProblemError
+from mlopt.errors import IslandWarning, ProblemError, SaveError
 from tests.helpers.bilevel import Classifier, compiled, data, make
 
 
@@ -18,7 +20,7 @@ class Drawing(Classifier):
     """Draws from a buffer that grows, like a replay buffer."""
 
     def get_batch(self):
-        self.asked = [*getattr(self, "asked", []), float(self.module[0].weight.sum())]
+        self.asked = [*getattr(self, "asked", []), self.module[0].weight.detach().sum().item()]
         generator = torch.Generator().manual_seed(len(self.asked))
         return torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
 
@@ -71,6 +73,27 @@ def test_inner_loops_begin_before_their_first_batch_is_drawn():
     plan.run(4)
     # The first batch was drawn to compile.
     assert seen == ["batch", "start", "batch", "start", "batch", "batch"]
+
+
+class Watching(Classifier):
+    def epoch_callback(self):
+        pass
+
+
+@pytest.mark.parametrize(("kind", "count"), [(Classifier, 4), (Drawing, 1), (Watching, 1)])
+def test_no_batch_is_fetched_ahead_of_its_step(monkeypatch, kind, count):
+    """Native loops fetch the batches of many steps at once."""
+    plan, *_ = compiled(classifier=kind, unroll_steps=4, data=None if kind is Drawing else data((12,)))
+    derivatives = types.SimpleNamespace(is_random=False, step=types.SimpleNamespace(is_used=lambda: True))
+    monkeypatch.setattr(plan._executor, "derivatives", lambda name, batch: derivatives)
+    assert plan._ahead.steps_until_due(10) == count
+
+
+@pytest.mark.parametrize(("kind", "method"), [(Drawing, "get_batch"), (Watching, "epoch_callback")])
+def test_code_is_not_part_of_a_saved_plan(tmp_path, kind, method):
+    plan, *_ = compiled(classifier=kind)
+    with pytest.raises(SaveError, match=f"problem 'classifier' overrides {method}"):
+        plan.save(tmp_path / "saved")
 
 
 def test_state_of_the_users_own():

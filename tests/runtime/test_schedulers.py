@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import types
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from torch.optim import lr_scheduler as schedulers
 import mlopt
 from mlopt.errors import ProblemError
 from mlopt.runtime.schedule import ScheduleAhead
+from tests.helpers.bilevel import compiled
 
 
 def sequential(optimizer):
@@ -208,3 +210,30 @@ def test_bad_metrics():
     engine = mlopt.Engine(plan, 2, validate=lambda: {"other": 1}, validate_every=1, progress=False)
     with pytest.raises(ValueError, match=r"the scheduler of problem 'fit': `validate` returned no number named 'acc'"):
         engine.run()
+
+
+def test_a_compiled_update_that_fails(monkeypatch):
+    """The update of a problem above others is then made by torch, and its scheduler stepped once."""
+    weights, given_up = [], []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        plan, _, upper = compiled(unroll_steps=2)
+        upper.scheduler = KINDS["ExponentialLR"](upper.optimizer)
+        if fails:
+
+            def run(own, indirect):
+                raise RuntimeError("no memory")
+
+            update = types.SimpleNamespace(is_used=lambda: True, accepts=lambda: True, run=run, give_up=given_up.append)
+            evaluate = plan._executor._run
+
+            def with_update(*args, evaluate=evaluate, update=update, **options):
+                found = evaluate(*args, **options)
+                found.derivatives = types.SimpleNamespace(update=update)
+                return found
+
+            monkeypatch.setattr(plan._executor, "_run", with_update)
+        plan.run(4)
+        assert upper.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.8**2)
+        weights.append(upper.module[0].weight.detach().clone())
+    assert torch.equal(*weights) and given_up == ["no memory"] * 2
