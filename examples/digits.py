@@ -77,12 +77,15 @@ class Batches:
         data: Images and labels.
         batch_size: Samples in a batch; all of them where there are fewer.
         seed: Draws the orders.
+
+    Attributes:
+        generator: What draws the orders; under this name a plan finds it, to save and restore the position in the data.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
         self._data = data
         self._batch_size = min(batch_size, len(data[0]))
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         """Return the number of batches in one pass."""
@@ -90,7 +93,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Data]:
         """Yield images [b, 64] and labels [b]."""
-        order = torch.randperm(len(self._data[0]), generator=self._generator)
+        order = torch.randperm(len(self._data[0]), generator=self.generator)
         for i in range(len(self)):
             pick = order[i * self._batch_size : (i + 1) * self._batch_size]
             yield self._data[0][pick], self._data[1][pick]

@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,8 +56,75 @@ def test_example(name, tmp_path):
     assert (tmp_path / f"{name}.png").stat().st_size > 1000
 
 
+def test_own_loop():
+    result = run(ROOT / "examples" / "own_loop.py", "--steps", 300)
+    assert result.returncode == 0, result.stderr
+    (accuracy,) = re.findall(r"test accuracy: ([\d.]+) %", result.stdout)
+    assert float(accuracy) > 70 and result.stdout.count("step ") == 5
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """Let the examples be imported, as they import each other."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    yield
+    for name in ("lightning_loop", "hf_callback", "reweighting", "digits"):
+        sys.modules.pop(name, None)
+
+
+def test_lightning_loop(examples):
+    """The hooks that Lightning calls, in its order; without Lightning the module is an ordinary one."""
+    import lightning_loop
+
+    module, logged = lightning_loop.make(), {}
+    module.log = lambda name, value: logged.setdefault(name, []).append(float(value))
+    assert module.automatic_optimization is False and module.configure_optimizers() == []
+    for k in range(110):
+        module.training_step(torch.tensor(k), k)
+    module.validation_step(torch.tensor(0), 0)
+    assert len(logged["classifier/loss"]) == 110 and len(logged["reweight/loss"]) == 2
+    assert 0 < logged["accuracy"][0] <= 1
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    module.training_step(None, 0)
+    expected = [p.detach().clone() for p in module.parameters()]
+    module.on_load_checkpoint(checkpoint)
+    module.training_step(None, 0)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), expected, strict=True))
+
+
+def test_callback_beside_a_trainer(examples):
+    """A loop like Trainer's steps the classifier; the callback learns the weights of its samples."""
+    import digits
+    import hf_callback
+    import reweighting
+
+    import mlopt
+
+    data = digits.load(0)
+    graph = reweighting.make_program(data, 0, mlopt.CG(max_steps=10, rtol=1e-3, damping=1.0))
+    plan = mlopt.compile(graph, backend="eager")
+    callback = hf_callback.HypergradientCallback(plan, "reweight", every=5, after=100)
+    classifier, state = graph.problems["classifier"], types.SimpleNamespace(global_step=0)
+    before = [p.detach().clone() for p in graph.problems["reweight"].parameters()]
+    for _ in range(15):
+        for batch in digits.Batches(data.train, 100, 0):
+            classifier.optimizer.zero_grad()
+            classifier.training_step(batch).backward()
+            classifier.optimizer.step()
+            state.global_step += 1
+            callback.on_step_end(None, state, None)
+    assert callback.num_steps == (state.global_step - 100) // 5 > 5
+    moved = [
+        float((p - q).detach().abs().max())
+        for p, q in zip(graph.problems["reweight"].parameters(), before, strict=True)
+    ]
+    assert max(moved) > 1e-3
+
+
 def test_every_example_is_described_and_tested():
     names = {p.stem for p in (ROOT / "examples").glob("*.py")} - {"common", "digits"}
-    assert names == {*SMALL, "reweighting", "imaml"}  # the first is `make demo`, which tests/test_readme.py runs
+    loops = {"own_loop", "lightning_loop", "hf_callback"}
+    assert names == {*SMALL, *loops, "reweighting", "imaml"}  # the last but one is `make demo`: tests/test_readme.py
     described = (ROOT / "examples" / "README.md").read_text()
     assert all(f"]({name}.py)" in described for name in names)
