@@ -8,6 +8,12 @@ trace is cut by use-def into
   over (or on fewer of them, see `recompute.py`).
 
 An iterative solver that re-ran the whole product would pay for the primal half in every iteration.
+
+Forward over reverse (dual numbers through the gradient) gives the same products. It was built and measured beside this,
+and is not kept, because it was never faster: with AOTInductor on one core a product of a perceptron takes as long and
+its primal half 1.28 times as long; by torch calls a product takes 1.8 times as long, that of a 2-layer transformer 1.07
+times; residuals are 1.04 to 1.2 times as large; and it needs a derivative in forward mode of every operation, which
+recurrent and custom ones lack. Choosing per graph would double the time to trace for a choice that is always the same.
 """
 
 from __future__ import annotations
