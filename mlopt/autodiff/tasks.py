@@ -132,6 +132,7 @@ def _over_tasks(
     in_dims: Sequence[int | None],
     combines: Sequence[Combine],
 ) -> TracedGraph:
+    module = _contiguous(module)
     outputs = next(n for n in module.graph.nodes if n.op == "output").args[0]
     tensors = [i for i, node in enumerate(outputs) if isinstance(node, fx.Node)]
 
@@ -150,6 +151,24 @@ def _over_tasks(
     traced = trace(compute, inputs, [frozenset[int]()] * len(inputs), [])
     run_default_passes(traced.module)
     return traced
+
+
+def _contiguous(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph without copies into the channels-last order, which cannot be batched; the values are the same.
+
+    Autograd makes such copies of images with one channel, whose strides are those of both orders.
+    """
+    last = (torch.channels_last, torch.channels_last_3d)
+    if not any(n.kwargs.get("memory_format") in last for n in module.graph.nodes):
+        return module
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if node.kwargs.get("memory_format") in last:
+            node.kwargs = {**node.kwargs, "memory_format": torch.contiguous_format}
+        elif node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # what it views may lie in another order now
+    return fx.GraphModule(module, graph)
 
 
 def _example(node: fx.Node) -> torch.Tensor:
