@@ -222,7 +222,7 @@ def check(images: torch.Tensor, args: argparse.Namespace) -> None:
     """Compare one batched hypergradient with the mean of serial ones, and their times."""
     episodes = Episodes(images, args.tasks, seed=0)
     graph = make_program(episodes, args, args.tasks)
-    plan = mlopt.compile(graph)
+    plan = mlopt.compile(graph, backend=args.backend)
     start = time.perf_counter()
     for _ in range(args.inner_steps - 1):  # with one more the upper problem would step, too
         plan.step()
@@ -240,7 +240,7 @@ def check(images: torch.Tensor, args: argparse.Namespace) -> None:
     single_graph = make_program(one, args, None)
     for task in range(args.tasks):
         one.task = task
-        single = mlopt.compile(single_graph, progress=False)
+        single = mlopt.compile(single_graph, backend=args.backend, progress=False)
         restart(single_graph.problems["adapt"], single_graph.problems["meta"])
         start = time.perf_counter()
         for _ in range(args.inner_steps - 1):
@@ -259,7 +259,7 @@ def train(images: torch.Tensor, test: torch.Tensor, args: argparse.Namespace, se
     """Train from one seed; return the accuracies of the training episodes, and (episode, test accuracy)."""
     episodes, held_out = Episodes(images, args.tasks, seed=2 * seed), Episodes(test, args.tasks, seed=2 * seed + 1)
     graph = make_program(episodes, args, args.tasks, seed)
-    plan = mlopt.compile(graph)
+    plan = mlopt.compile(graph, backend=args.backend)
     if verbose:
         print(plan.explain())
     adapt, meta = graph.problems["adapt"], graph.problems["meta"]
