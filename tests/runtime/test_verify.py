@@ -110,10 +110,9 @@ def test_every_product_is_compared(estimator, monkeypatch):
         return value * 1.1
 
     plan, lower, _ = compiled(hypergradient=estimator, batch_norm=True)
-    compiler = plan._executor._derive.__self__
     needs = plan.program.needs["classifier"]
     batch = plan._executor.states["classifier"].stream.peek()
-    graphs = compiler.derive("classifier", batch)
+    graphs = plan._executor.derivatives("classifier", batch)
     problems, layouts = plan.graph.problems, plan._executor.layouts
     layout = layouts["classifier"]
     reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
@@ -162,7 +161,7 @@ def test_rounding_is_told_from_mistakes(monkeypatch):
     layout = layouts["classifier"]
     reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
     batch = plan._executor.states["classifier"].stream.peek()
-    graphs = plan._executor._derive.__self__.derive("classifier", batch)
+    graphs = plan._executor.derivatives("classifier", batch)
     parameters = list(lower.module.parameters())
     storages = [p.data_ptr() for p in parameters]
     values = [p.detach().clone() for p in parameters]
@@ -191,7 +190,7 @@ def test_small_losses_are_compared_too(monkeypatch):
     layout = layouts["classifier"]
     reference = mlopt.runtime.reference.AutogradDerivatives(lower, problems, layouts, needs)
     batch = plan._executor.states["classifier"].stream.peek()
-    graphs = plan._executor._derive.__self__.derive("classifier", batch)
+    graphs = plan._executor.derivatives("classifier", batch)
     assert verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch) is None
     monkeypatch.setitem(graphs._call, "gradient", perturbed(graphs._call["gradient"], 0.01))
     assert "relative difference" in verify.find_disagreement(graphs, reference, lower, problems, layout, needs, batch)
