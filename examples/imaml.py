@@ -218,6 +218,17 @@ def evaluate(meta_net: nn.Module, episodes: Episodes, count: int, args: argparse
     return right / total
 
 
+def nearest_neighbour(episodes: Episodes, count: int) -> float:
+    """Return the accuracy on new classes of taking the label of the nearest labelled image, pixel by pixel."""
+    right = total = 0
+    for number in range(count):
+        (x, y), (x_query, y_query) = episodes[number]
+        nearest = torch.cdist(x_query.flatten(2), x.flatten(2)).argmin(2)
+        right += int((y.gather(1, nearest) == y_query).sum())
+        total += y_query.numel()
+    return right / total
+
+
 def check(images: torch.Tensor, args: argparse.Namespace) -> None:
     """Compare one batched hypergradient with the mean of serial ones, and their times."""
     episodes = Episodes(images, args.tasks, seed=0)
@@ -256,7 +267,12 @@ def check(images: torch.Tensor, args: argparse.Namespace) -> None:
 
 
 def train(images: torch.Tensor, test: torch.Tensor, args: argparse.Namespace, seed: int, verbose: bool) -> list:
-    """Train from one seed; return the accuracies of the training episodes, and (episode, test accuracy)."""
+    """Train from one seed.
+
+    Returns:
+        The accuracies of the training episodes; (episode, test accuracy) now and then; the test accuracy of the nearest
+        neighbour.
+    """
     episodes, held_out = Episodes(images, args.tasks, seed=2 * seed), Episodes(test, args.tasks, seed=2 * seed + 1)
     graph = make_program(episodes, args, args.tasks, seed)
     plan = mlopt.compile(graph, backend=args.backend)
@@ -274,7 +290,7 @@ def train(images: torch.Tensor, test: torch.Tensor, args: argparse.Namespace, se
                 tests.append((episode, evaluate(meta.module, held_out, 5, args)))
             bar.set_postfix(loss=f"{float(result['loss']):.3f}", acc=f"{curve[-1]:.3f}", test=f"{tests[-1][1]:.3f}")
             bar.update()
-    return [curve, tests]
+    return [curve, tests, nearest_neighbour(held_out, 5)]
 
 
 def main() -> None:
@@ -303,12 +319,14 @@ def main() -> None:
     rows = [
         (str(number), common.mean([100 * run[1][k][1] for run in runs])) for k, (number, _) in enumerate(runs[0][1])
     ]
+    rows.append(("nearest neighbour, pixels", common.mean([100 * run[2] for run in runs])))
     title = f"{args.method}, {WAYS}-way 1-shot, {args.tasks} tasks per episode, {name}; {args.seeds} seed(s)"
     common.print_table(title, ("episodes", "accuracy after adaptation, %"), rows)
-    curve, tests = runs[-1]
+    curve, tests, nearest = runs[-1]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.plot(range(1, len(curve) + 1), curve, color="0.75", lw=0.8, label="training episodes")
     axes.plot(*zip(*tests, strict=True), "o-", label=name)
+    axes.axhline(nearest, color="tab:orange", ls="--", label="nearest neighbour, pixels")
     axes.axhline(1 / WAYS, color="0.5", ls=":", label="chance")
     title = {"imaml": "iMAML", "maml": "MAML"}[args.method]
     axes.set(xlabel="episode", ylabel="query accuracy after adaptation", ylim=(0, 1), title=f"{title}, 5-way 1-shot")

@@ -38,7 +38,7 @@ SMALL = {
     "cleaning": ("--steps", 2),
     "longtail": ("--steps", 120),
     "pretraining": ("--steps", 110),
-    "darts": ("--steps", 32, "--train-steps", 3, "--random", 1),
+    "darts": ("--steps", 6, "--train-steps", 3, "--random", 1),
     "reward": ("--updates", 2),
 }
 

@@ -231,8 +231,8 @@ def test_cg_agrees_with_the_solver_of_linalg(device):
             c.x, c.v, flat[:, 12:], kind="softmax", curvature=c.p, weights=c.weights, reg=c.reg, damping=0.1,
             rtol=rtol, max_steps=steps,
         )  # fmt: skip
-        # Past a few steps roundings decide how the residual shrinks: what two correct solvers share is what each of them
-        # promises, the tolerance; it is asked to a hundredth.
+        # Past a few steps roundings decide how the residual shrinks: what two correct solvers share is what each of
+        # them promises, the tolerance; it is asked to a hundredth.
         factor = 100 if steps == 3 else 0.01 * rtol / EPS[torch.float64]
         assert_close(torch.cat([got.q.flatten(1), got.q_bias], 1), expected.value, torch.float64, factor)
         assert torch.equal(ops.CgState(got.state).num_steps.long(), expected.num_steps)
