@@ -37,6 +37,7 @@ import mlopt
 
 WAYS, QUERIES = 5, 5
 PROXIMITY = 0.5  # weight of the quadratic term, lambda in the paper
+TEST_EPISODES = 5  # every test and the nearest neighbour see the same ones
 BACKGROUND = 964  # characters used for training
 
 
@@ -279,7 +280,7 @@ def train(images: torch.Tensor, test: torch.Tensor, args: argparse.Namespace, se
     if verbose:
         print(plan.explain())
     adapt, meta = graph.problems["adapt"], graph.problems["meta"]
-    curve, tests = [], [(0, evaluate(meta.module, held_out, 5, args))]
+    curve, tests = [], [(0, evaluate(meta.module, held_out, TEST_EPISODES, args))]
     every = max(1, args.episodes // 10)
     with tqdm(total=args.episodes, desc="episodes", disable=None) as bar:
         for episode in range(1, args.episodes + 1):
@@ -287,10 +288,10 @@ def train(images: torch.Tensor, test: torch.Tensor, args: argparse.Namespace, se
             result = plan.run(args.inner_steps)["meta"]
             curve.append(float(result["acc"]))
             if episode % every == 0 or episode == args.episodes:
-                tests.append((episode, evaluate(meta.module, held_out, 5, args)))
+                tests.append((episode, evaluate(meta.module, held_out, TEST_EPISODES, args)))
             bar.set_postfix(loss=f"{float(result['loss']):.3f}", acc=f"{curve[-1]:.3f}", test=f"{tests[-1][1]:.3f}")
             bar.update()
-    return [curve, tests, nearest_neighbour(held_out, 5)]
+    return [curve, tests, nearest_neighbour(held_out, TEST_EPISODES)]
 
 
 def main() -> None:
