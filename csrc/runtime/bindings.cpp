@@ -53,6 +53,7 @@ void bind_runtime(py::module& m) {
       .def_readonly("num_steps", &StepsResult::num_steps)
       .def_readonly("fed", &StepsResult::fed)
       .def_readonly("computed", &StepsResult::computed)
+      .def_readonly("kept", &StepsResult::kept)
       .def("raise_error", [](const StepsResult& result) {
         if (result.error) std::rethrow_exception(result.error);
       });

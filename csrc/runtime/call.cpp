@@ -111,14 +111,15 @@ py::tuple Call::results(const py::sequence& arguments, const std::vector<at::Ten
 
 std::shared_ptr<Steps> Call::steps(const py::sequence& arguments,
                                    const std::vector<std::pair<size_t, size_t>>& feedback,
-                                   const std::vector<size_t>& batch, const std::vector<size_t>& numbers) {
+                                   const std::vector<size_t>& batch, const std::vector<size_t>& numbers,
+                                   size_t num_kept) {
   auto prepared = prepare(arguments, -1);
   if (!prepared) return nullptr;
   const auto input_of = [&](size_t argument) {
     const auto found = std::find(arguments_.begin(), arguments_.end(), argument);
     return found == arguments_.end() ? int64_t{-1} : static_cast<int64_t>(found - arguments_.begin());
   };
-  StepInputs changing;
+  StepChanges changing;
   for (const auto& [output, argument] : feedback) {
     const int64_t input = input_of(argument);
     if (outputs_.at(output).kind != OutputKind::kComputed || input < 0) return nullptr;
@@ -129,6 +130,8 @@ std::shared_ptr<Steps> Call::steps(const py::sequence& arguments,
     if (output.kind == OutputKind::kArgument) return nullptr;
   for (size_t argument : batch) changing.batch.push_back(input_of(argument));
   for (size_t argument : numbers) changing.numbers.push_back(input_of(argument));
+  for (size_t k = 0; k < std::min(num_kept, outputs_.size()); ++k)
+    changing.kept.push_back(outputs_[k].kind == OutputKind::kComputed ? static_cast<int64_t>(outputs_[k].index) : -1);
   return std::make_shared<Steps>(package_, std::move(prepared->inputs), find(arguments)->layouts, std::move(changing));
 }
 

@@ -54,11 +54,11 @@ class Call {
   pybind11::tuple results(const pybind11::sequence& arguments, const std::vector<at::Tensor>& computed) const;
 
   // The graph as steps that follow each other: outputs of the graph that are arguments of the next call, and arguments
-  // that the caller changes. Null where the sizes were not declared, or where the package neither computes what is fed
-  // back nor takes it.
+  // that the caller changes. The first `num_kept` outputs are kept of every step. Null where the sizes were not
+  // declared, or where the package neither computes what is fed back nor takes it.
   std::shared_ptr<Steps> steps(const pybind11::sequence& arguments,
                                const std::vector<std::pair<size_t, size_t>>& feedback, const std::vector<size_t>& batch,
-                               const std::vector<size_t>& numbers);
+                               const std::vector<size_t>& numbers, size_t num_kept);
 
   const std::shared_ptr<Package>& package() const { return package_; }
   bool returns_one_tensor() const { return outputs_.size() == 1 && outputs_[0].kind == OutputKind::kComputed; }

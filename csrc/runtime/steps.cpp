@@ -2,13 +2,16 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+
+#include <algorithm>
 
 #include "signals.h"
 
 namespace mlopt {
 
 Steps::Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, std::vector<Layout> layouts,
-             StepInputs changing)
+             StepChanges changing)
     : package_(std::move(package)),
       inputs_(std::move(inputs)),
       layouts_(std::move(layouts)),
@@ -44,6 +47,7 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
   }
 
   StepsResult result;
+  std::vector<std::vector<at::Tensor>> kept(changing_.kept.size());
   SignalPoll poll;
   size_t present = batches.size();  // none
   const double* row = numbers.const_data_ptr<double>();
@@ -61,6 +65,11 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
       fed.reserve(changing_.feedback.size());
       for (const auto& [output, input] : changing_.feedback)
         fed.push_back(package_->fit(input, computed.at(output), layouts_[input]));
+      for (size_t k = 0; k < kept.size(); ++k) {
+        if (changing_.kept[k] < 0) continue;
+        const at::Tensor& value = computed.at(static_cast<size_t>(changing_.kept[k]));
+        if (value.numel() == 1) kept[k].push_back(value.reshape({}));
+      }
       // Nothing can fail between here and the count: either all values are the new ones or none is.
       for (size_t k = 0; k < fed.size(); ++k) inputs[changing_.feedback[k].second] = std::move(fed[k]);
       result.computed = std::move(computed);
@@ -71,6 +80,10 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
     result.error = std::current_exception();
   }
   for (const auto& pair : changing_.feedback) result.fed.push_back(inputs[pair.second]);
+  for (auto& values : kept) {
+    values.resize(std::min(values.size(), static_cast<size_t>(result.num_steps)));  // an error may have come after one
+    result.kept.push_back(values.empty() ? at::Tensor() : at::stack(values));
+  }
   return result;
 }
 

@@ -18,21 +18,24 @@ struct StepsResult {
   int64_t num_steps = 0;             // whole steps made
   std::vector<at::Tensor> fed;       // present value of each input that is fed back
   std::vector<at::Tensor> computed;  // what the package returned in the last whole step; empty if there was none
+  std::vector<at::Tensor> kept;      // one per `StepChanges::kept`: [num_steps], or undefined where not computed
   std::exception_ptr error;          // why fewer steps were made than asked for
 };
 
-// Which inputs of the package change from step to step. -1 stands for an argument that the package does not take.
-struct StepInputs {
+// Which inputs of the package change from step to step, and which outputs are kept. -1 stands for an argument that the
+// package does not take.
+struct StepChanges {
   std::vector<std::pair<size_t, size_t>> feedback;  // (output, input): what a step returns and the next one takes
   std::vector<int64_t> batch;                       // the tensors of a batch
   std::vector<int64_t> numbers;                     // 0-d float64 tensors
+  std::vector<int64_t> kept;  // outputs of one element whose values in every step are wanted; -1 for none
 };
 
 class Steps {
  public:
   // inputs: as the package takes them in the first step.
   Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, std::vector<Layout> layouts,
-        StepInputs changing);
+        StepChanges changing);
 
   // batches: each distinct one once; order: which of them each step takes; numbers: [steps, H] float64, a row per step.
   // Call it without the GIL. What is wrong with the arguments is thrown; what happens in a step is in the result.
@@ -43,7 +46,7 @@ class Steps {
   std::shared_ptr<Package> package_;
   std::vector<at::Tensor> inputs_;
   std::vector<Layout> layouts_;
-  StepInputs changing_;
+  StepChanges changing_;
 };
 
 }  // namespace mlopt

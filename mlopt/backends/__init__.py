@@ -8,12 +8,12 @@ import warnings
 
 from mlopt import ops
 from mlopt.backends import inductor
-from mlopt.backends.base import AbstractBackend, Compiled, Lowering
+from mlopt.backends.base import AbstractBackend, Changing, Compiled, Lowering
 from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
 from mlopt.backends.inductor.cache import machine
 from mlopt.backends.native import NativeBackend
-from mlopt.backends.steps import Changing, StepsOutcome, run_steps
+from mlopt.backends.steps import StepsOutcome, run_steps
 from mlopt.errors import BackendWarning
 
 __all__ = [

@@ -19,6 +19,23 @@ class Lowering:
     note: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Changing:
+    """What changes from one call of a graph to the next.
+
+    Attributes:
+        feedback: (output, argument) pairs: what a call returns and the next one takes.
+        batch: The arguments that are the tensors of a batch.
+        numbers: The arguments that are 0-d float64 numbers.
+        num_kept: How many outputs, from the first, are wanted of every call.
+    """
+
+    feedback: tuple[tuple[int, int], ...]
+    batch: tuple[int, ...]
+    numbers: tuple[int, ...]
+    num_kept: int = 0
+
+
 class Compiled(Protocol):
     """A lowered graph ``f(*tensors) -> sequence`` that never builds an autograd graph or writes its inputs.
 
@@ -44,20 +61,12 @@ class Compiled(Protocol):
             hole: Position of the vector.
         """
 
-    def native_steps(
-        self,
-        arguments: Sequence[Any],
-        feedback: Sequence[tuple[int, int]],
-        batch: Sequence[int],
-        numbers: Sequence[int],
-    ) -> Any:
+    def native_steps(self, arguments: Sequence[Any], changing: Changing) -> Any:
         """Return the graph as a native loop over its own results, or None if it is not native.
 
         Args:
             arguments: The arguments of the first call.
-            feedback: See `mlopt.backends.steps.Changing`.
-            batch: See there.
-            numbers: See there.
+            changing: What changes from call to call.
 
         Returns:
             ``mlopt._C.Steps``, and a function ``(arguments, what the package computed) -> what the graph returns``.

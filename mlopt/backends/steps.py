@@ -8,22 +8,7 @@ from typing import Any
 
 import torch
 
-from mlopt.backends.base import Compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Changing:
-    """What changes from one call of a graph to the next.
-
-    Attributes:
-        feedback: (output, argument) pairs: what a call returns and the next one takes.
-        batch: The arguments that are the tensors of a batch.
-        numbers: The arguments that are 0-d float64 numbers.
-    """
-
-    feedback: tuple[tuple[int, int], ...]
-    batch: tuple[int, ...]
-    numbers: tuple[int, ...]
+from mlopt.backends.base import Changing, Compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +19,15 @@ class StepsOutcome:
         num_steps: How many were made; fewer than asked for if there is an error.
         fed: Present values, one per pair of ``feedback``.
         outputs: What the last one returned; None if there was none.
+        kept: The outputs that were to be kept, of all calls: [num_steps] if they are tensors of one element, None if of
+            more; a Python number is the same in all calls.
         error: What ended the loop early; also `KeyboardInterrupt`.
     """
 
     num_steps: int
     fed: list[torch.Tensor]
     outputs: Sequence[Any] | None
+    kept: Sequence[Any]
     error: BaseException | None
 
 
@@ -63,7 +51,7 @@ def run_steps(
         order: Which batch each call takes.
         numbers: [calls, H] float64: the numbers of each call.
     """
-    native = call.native_steps(arguments, changing.feedback, changing.batch, changing.numbers)
+    native = call.native_steps(arguments, changing)
     if native is None:
         return _run_in_python(call, arguments, changing, batches, order, numbers)
     steps, results = native
@@ -73,8 +61,14 @@ def run_steps(
         result.raise_error()
     except BaseException as raised:  # KeyboardInterrupt, too: the caller stores the steps made, then raises it
         error = raised
-    outputs = results(arguments, result.computed) if result.num_steps else None
-    return StepsOutcome(result.num_steps, result.fed, outputs, error)
+    if not result.num_steps:
+        return StepsOutcome(0, result.fed, None, (), error)
+    outputs = results(arguments, result.computed)
+    kept = [
+        every if every is not None else _stacked([last] * result.num_steps)
+        for every, last in zip(result.kept, outputs, strict=False)
+    ]
+    return StepsOutcome(result.num_steps, result.fed, outputs, kept, error)
 
 
 def _run_in_python(
@@ -86,6 +80,7 @@ def _run_in_python(
     numbers: torch.Tensor,
 ) -> StepsOutcome:
     present, outputs, count = list(arguments), None, 0
+    kept: list[Sequence[Any]] = []
     error: BaseException | None = None
     try:
         for step, number in enumerate(order):
@@ -97,7 +92,15 @@ def _run_in_python(
             results = call(*given)
             for output, position in changing.feedback:
                 given[position] = results[output]
+            kept.append(results[: changing.num_kept])
             present, outputs, count = given, results, count + 1
     except BaseException as raised:
         error = raised
-    return StepsOutcome(count, [present[i] for _, i in changing.feedback], outputs, error)
+    every = [_stacked(values[:count]) for values in zip(*kept, strict=True)]
+    return StepsOutcome(count, [present[i] for _, i in changing.feedback], outputs, every, error)
+
+
+def _stacked(values: Sequence[Any]) -> Any:
+    if all(isinstance(x, torch.Tensor) and x.numel() == 1 for x in values):
+        return torch.stack([x.detach().reshape(()) for x in values])
+    return None if isinstance(values[-1], torch.Tensor) else values[-1]

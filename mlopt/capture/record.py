@@ -128,3 +128,8 @@ class LossGraph:
             for m, v in zip(self.metrics, values, strict=True)
         }
         return {**self.constant_metrics, **named}
+
+    def metrics_of_steps(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Return the metrics of several steps by name, given those that are outputs of the graph; without None."""
+        named = {m.name: v for m, v in zip(self.metrics, values, strict=True) if v is not None}
+        return {**self.constant_metrics, **named}

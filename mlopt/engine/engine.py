@@ -399,11 +399,11 @@ class Engine:
             count = min(ranks.gather(max(1, min(count, int(fitting)))))
         return count
 
-    def _add(self, results: StepResult) -> None:
-        """Take the results of a step for the means."""
+    def _add(self, results: StepResult, num_steps: int) -> None:
+        """Take the results of a step, or of several, for the means."""
         if self._guard is not None:  # which waits for every step anyway, and has left out those that are not finite
             results = {name: r for name, r in results.items() if math.isfinite(float(r["loss"]))}
-        self._means.add(results)
+        self._means.add(results, num_steps)
 
     def _look(self) -> bool:
         """Do what is due after the steps made; return whether a checkpoint was written."""

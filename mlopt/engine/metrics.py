@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,12 +35,17 @@ class RunningMeans:
         self._pending: dict[tuple[str, str], list[torch.Tensor | float]] = {}
         self._sums: dict[tuple[str, str], tuple[float, int]] = {}
 
-    def add(self, results: StepResult) -> None:
-        """Add what a step of the plan returned."""
+    def add(self, results: StepResult, num_steps: int = 1) -> None:
+        """Add what steps of the plan returned.
+
+        Args:
+            results: See `Plan.run`.
+            num_steps: How many steps they are of.
+        """
         for problem, result in results.items():
-            for name, value in _entries(result):
+            for name, value in _entries(result, num_steps):
                 pending = self._pending.setdefault((problem, name), [])
-                pending.append(value.detach() if isinstance(value, torch.Tensor) else value)
+                pending.extend([value.detach()] if isinstance(value, torch.Tensor) else [value] * num_steps)
                 if len(pending) >= _MOST_PENDING:
                     self._read()
 
@@ -67,23 +73,29 @@ class RunningMeans:
         for values in self._pending.values():
             for value in values:
                 if isinstance(value, torch.Tensor):
-                    kinds.setdefault((value.device, value.dtype), []).append(value.reshape(()))
+                    kinds.setdefault((value.device, value.dtype), []).append(value.reshape(-1))
         # One transfer per kind of tensor; the numbers come back in the order in which they went.
-        read = {kind: iter(torch.stack(tensors).tolist()) for kind, tensors in kinds.items()}
+        read = {kind: iter(torch.cat(tensors).tolist()) for kind, tensors in kinds.items()}
         for key, values in self._pending.items():
             total, count = self._sums.get(key, (0.0, 0))
             for value in values:
-                total += next(read[value.device, value.dtype]) if isinstance(value, torch.Tensor) else value
-            self._sums[key] = (total, count + len(values))
+                if isinstance(value, torch.Tensor):
+                    for number in itertools.islice(read[value.device, value.dtype], value.numel()):
+                        total += number
+                    count += value.numel()
+                else:
+                    total += value
+                    count += 1
+            self._sums[key] = (total, count)
         self._pending = {}
 
 
-def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _entries(values: Mapping[str, Any], num_steps: int = 1) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", number) for inner, number in _entries(value))
+            yield from ((f"{name}/{inner}", number) for inner, number in _entries(value, num_steps))
         elif isinstance(value, torch.Tensor):
-            if value.numel() == 1 and not value.is_complex():
+            if value.numel() == num_steps and not value.is_complex():
                 yield str(name), value
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield str(name), value

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.schedule import ScheduleAhead
 from mlopt.runtime.state import Sample
+
+StepResult = dict[str, dict[str, Any]]
+OnResults = Callable[[StepResult, int], None]
 
 # How many batches wait in memory for a native loop: those of a list are there anyway.
 _MOST_STILL, _MOST_FETCHED = 10_000, 64
@@ -59,19 +63,34 @@ class AheadRunner:
                 limit = int(min(limit, wait))
         return limit
 
-    def steps(self, name: str, count: int) -> dict[str, Any]:
-        """Make several optimizer steps of a lowest problem; return loss and metrics of the last."""
+    def steps(self, name: str, count: int, on_results: OnResults | None) -> dict[str, Any]:
+        """Make several optimizer steps of a lowest problem.
+
+        Args:
+            name: The problem.
+            count: How many.
+            on_results: Called with the results of one step, or of several that ran as one loop, and their number.
+
+        Returns:
+            Loss and metrics of the last.
+        """
         latest: dict[str, Any] = {}
         while count > 0:
-            made, latest = self._run_ahead(name, count)
+            made, latest, every = self._run_ahead(name, count, keep_results=on_results is not None)
+            if on_results is not None and made:
+                on_results({name: every}, made)
             count -= made
         return latest
 
-    def _run_ahead(self, name: str, count: int) -> tuple[int, dict[str, Any]]:
-        """Make the next few of `count` steps, in one loop if that can be; return how many and the last results."""
+    def _run_ahead(self, name: str, count: int, *, keep_results: bool) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Make the next few of `count` steps, in one loop if that can be.
+
+        Returns:
+            How many were made, the results of the last, and those of all of them.
+        """
         state, problem = self._executor.states[name], self._executor.problems[name]
         if count == 1 or not self._executor.plan[name].runs_ahead:
-            return 1, self._executor.step(name)
+            return self._single(name)
         batches = state.stream.ahead(min(count, _MOST_STILL if state.stream.is_still else _MOST_FETCHED))
         derivatives = self._executor.derivatives(name, batches[0])
         if derivatives.is_random and len(batches) == count:
@@ -83,14 +102,14 @@ class AheadRunner:
             batches = list(itertools.takewhile(lambda b: same[id(b)], batches))
         compiled = self._executor.compiled_step(name, derivatives)
         if compiled is None or not compiled.can_repeat or len(batches) < 2:
-            return 1, self._executor.step(name)
+            return self._single(name)
         schedule = ScheduleAhead.of(problem, compiled, len(batches))
         if schedule is None or len(schedule.rows) < 2:
             if schedule is not None:
                 schedule.settle(0)
-            return 1, self._executor.step(name)
+            return self._single(name)
         try:
-            outcome = compiled.run(batches[: len(schedule.rows)], schedule.rows)
+            outcome = compiled.run(batches[: len(schedule.rows)], schedule.rows, keep_results=keep_results)
         except BaseException:
             schedule.settle(0)
             raise
@@ -103,4 +122,14 @@ class AheadRunner:
             if not isinstance(outcome.error, Exception):  # Ctrl-C
                 raise outcome.error
             compiled.give_up(str(outcome.error))  # what is wrong with this step shows when the loss runs by itself
-        return outcome.num_steps, {} if outcome.outputs is None else compiled.metrics(outcome.outputs)
+        if outcome.outputs is None:
+            return outcome.num_steps, {}, {}
+        return (
+            outcome.num_steps,
+            compiled.metrics(outcome.outputs),
+            compiled.kept_metrics(outcome) if keep_results else {},
+        )
+
+    def _single(self, name: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        results = self._executor.step(name)
+        return 1, results, results

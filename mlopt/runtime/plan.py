@@ -12,7 +12,7 @@ from mlopt.drawing import write_svg
 from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan
 from mlopt.problem import Problem
-from mlopt.runtime.ahead import AheadRunner
+from mlopt.runtime.ahead import AheadRunner, OnResults, StepResult
 from mlopt.runtime.check import Reference, Report, check
 from mlopt.runtime.data import Batch
 from mlopt.runtime.execute import Executor
@@ -22,8 +22,6 @@ from mlopt.runtime.plan_state import restore, state_of
 from mlopt.runtime.saving.export import export_hypergradient
 from mlopt.runtime.saving.write import save as write_plan
 from mlopt.runtime.warm_up import WarmUp
-
-StepResult = dict[str, dict[str, Any]]
 
 
 class Plan:
@@ -69,9 +67,9 @@ class Plan:
             NonFiniteError: The guard (see `set_guard`) found a step that is not finite; or an fp16 problem overflows
                 whatever its loss scale.
         """
-        return self._advance(1)
+        return self._advance(1, None)
 
-    def run(self, num_steps: int, *, on_results: Callable[[StepResult], None] | None = None) -> StepResult:
+    def run(self, num_steps: int, *, on_results: OnResults | None = None) -> StepResult:
         """Make several global steps; what they do is what as many calls of `step` do.
 
         Where nothing else is due for a while, the steps of a lowest problem run as one native loop (`explain` says
@@ -79,8 +77,9 @@ class Plan:
 
         Args:
             num_steps: How many, at least 0.
-            on_results: Called with the result of every step, as `step` returns it; of steps that run as one native loop
-                there is one result, that of the last.
+            on_results: Called with results as `step` returns them, and the number of steps that they are of: 1, or more
+                where steps ran as one native loop. The losses of these, and their metrics of one element, are
+                tensors [steps]; metrics of more elements are left out, and constants are given once.
 
         Returns:
             The latest result of every problem that stepped.
@@ -88,14 +87,12 @@ class Plan:
         latest: StepResult = {}
         while num_steps > 0:
             count = self._ahead.steps_until_due(num_steps)
-            results = self._advance(count)
-            if on_results is not None:
-                on_results(results)
+            results = self._advance(count, on_results)
             latest.update(results)
             num_steps -= count
         return latest
 
-    def _advance(self, count: int) -> StepResult:
+    def _advance(self, count: int, on_results: OnResults | None) -> StepResult:
         """Make global steps, of which only the last may have other than lowest problems due."""
         executor = self._executor
         guard = executor.check.guard
@@ -105,17 +102,20 @@ class Plan:
             lowest = [p.name for p in self.program.problems if not p.lowers]
             before = {name: executor.states[name].num_steps for name in lowest}
             try:
-                results = {name: self._ahead.steps(name, count) for name in lowest}
+                ahead = {name: self._ahead.steps(name, count, on_results) for name in lowest}
             except BaseException:
                 self.num_steps += min(executor.states[name].num_steps - before[name] for name in lowest)
                 raise
         else:
-            lowest, results = [], {}
+            lowest, ahead = [], {}
+        results: StepResult = {}
         for name in self.graph.problems:
             if name not in lowest and executor.is_due(name):
                 results[name] = executor.step(name)
         self.num_steps += count
-        return results
+        if on_results is not None and results:
+            on_results(results, 1)
+        return {**ahead, **results}
 
     def steps_of(self, problem: str | Problem) -> int:
         """Return how many optimizer steps a problem has made.

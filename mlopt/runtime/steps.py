@@ -96,7 +96,12 @@ class CompiledStep(LoweredUpdate):
         return together, [arguments[position] for _, position in repeated.feedback]
 
     def run(
-        self, batches: Sequence[Batch], schedule: Sequence[Sequence[float]], *, finite_only: bool = False
+        self,
+        batches: Sequence[Batch],
+        schedule: Sequence[Sequence[float]],
+        *,
+        finite_only: bool = False,
+        keep_results: bool = False,
     ) -> StepsOutcome:
         """Make one step per batch and write the new values into the live tensors.
 
@@ -105,6 +110,7 @@ class CompiledStep(LoweredUpdate):
             schedule: `settings` of each step.
             finite_only: Write nothing, and report no step, if a new value or the last loss is not finite. (A parameter
                 that is not finite stays so, whatever the later steps do.)
+            keep_results: Keep loss and metrics of every step, not of the last alone: see `kept_metrics`.
         """
         position = {key: k for k, key in enumerate(dict.fromkeys(map(id, batches)))}
         order = [position[id(batch)] for batch in batches] if len(position) > 1 else [0] * len(batches)
@@ -114,14 +120,17 @@ class CompiledStep(LoweredUpdate):
         settings = [self._update.live(x) if x else self._unset for x in self._read]
         arguments = [*self._loss.bind(batches[0].tensors), *settings]
         tensors = [by_id[key].tensors for key in position]
-        made, first = self._run_several(arguments, tensors, order, numbers)
+        made, first = (0, None) if keep_results else self._run_several(arguments, tensors, order, numbers)
         if first is not None and first.error is not None:
             outcome = first
         else:
-            outcome = run_steps(self.call, arguments, self._changing, tensors, order[made:], numbers[made:])
+            changing = self._changing
+            if keep_results:
+                changing = dataclasses.replace(changing, num_kept=1 + self.graph.num_metrics)
+            outcome = run_steps(self.call, arguments, changing, tensors, order[made:], numbers[made:])
         outcome = dataclasses.replace(outcome, num_steps=outcome.num_steps + made)
         if finite_only and outcome.outputs is not None and not all_finite([outcome.outputs[0], *outcome.fed]):
-            return StepsOutcome(0, [], None, None)
+            return StepsOutcome(0, [], None, (), None)
         if outcome.num_steps:
             self._write(outcome.fed)
         return outcome
@@ -151,11 +160,15 @@ class CompiledStep(LoweredUpdate):
         for (_, position), value in zip(repeated.feedback, outcome.fed, strict=True):
             arguments[position] = value
         made = outcome.num_steps * repeated.times
-        return made, StepsOutcome(0, outcome.fed, None, outcome.error)
+        return made, StepsOutcome(0, outcome.fed, None, (), outcome.error)
 
     def metrics(self, outputs: Sequence[Any]) -> dict[str, Any]:
         """Return loss and metrics of a step, as the user named them."""
         return {"loss": outputs[0], **self._loss.named_metrics(outputs[1 : 1 + self.graph.num_metrics])}
+
+    def kept_metrics(self, outcome: StepsOutcome) -> dict[str, Any]:
+        """Return loss and metrics of the steps of a run that kept them: [steps] if they are tensors, constants once."""
+        return {"loss": outcome.kept[0], **self._loss.metrics_of_steps(outcome.kept[1:])}
 
     def _arguments(self, batch: Batch, update: UpdateGraph) -> list[torch.Tensor]:
         live = self._update.parameters

@@ -86,6 +86,12 @@ def test_native_steps_equal_the_optimizer(optimizer, scheduled, cache, monkeypat
         torch.testing.assert_close(result["net"], expected["net"], rtol=1e-12, atol=1e-12)
         assert_same_state(state_of(ours), state_of(theirs), 1e-11)
     assert runs == [True] * 4
+    every = []
+    plan.run(9, on_results=lambda results, count: every.append((results["net"], count)))
+    expected = [reference.step()["net"] for _ in range(9)]
+    assert [count for _, count in every] == [9]
+    for name, values in every[0][0].items():
+        torch.testing.assert_close(values, torch.stack([r[name] for r in expected]), rtol=1e-12, atol=1e-12)
     ours.optimizer.load_state_dict(ours.optimizer.state_dict())  # new tensors
     plan.run(3), reference.run(3)
     assert_same_state(state_of(ours), state_of(theirs), 1e-11)

@@ -84,9 +84,9 @@ class Clock:
         self.now = 100.0
         step = plan._advance
 
-        def advance(count):
+        def advance(count, on_results):
             self.now += count
-            return step(count)
+            return step(count, on_results)
 
         monkeypatch.setattr(plan, "_advance", advance)
 

@@ -10,7 +10,17 @@ from torch.utils.data import DataLoader
 
 import mlopt
 from tests.helpers import bilevel, optimizers
-from tests.helpers.steps import GraphBackend, Net, assert_same_state, batches, compiled, is_step, problem, state_of
+from tests.helpers.steps import (
+    GraphBackend,
+    Net,
+    Regression,
+    assert_same_state,
+    batches,
+    compiled,
+    is_step,
+    problem,
+    state_of,
+)
 
 
 def build(name):
@@ -455,3 +465,26 @@ def test_engine_runs_ahead_between_its_looks(monkeypatch):
     looks.clear()
     mlopt.Engine(plan, 5, callbacks=[Each()]).run()
     assert looks == ["each"] * 5
+
+
+class WithMetrics(Regression):
+    def training_step(self, batch):
+        loss = super().training_step(batch)["loss"]
+        return {"loss": loss, "twice": 2 * loss, "vector": loss.repeat(19), "share": 0.5}
+
+
+def test_means_are_over_every_step_of_a_native_loop(monkeypatch):
+    def make():
+        made = problem(sgd)
+        return WithMetrics("net", module=made.module, optimizer=made.optimizer, data=batches(), hypergradient=None)
+
+    plan, reference = compiled(make(), GraphBackend(), monkeypatch), compiled(make(), "eager", monkeypatch)
+    runs = count_runs(monkeypatch, plan)
+    history = mlopt.Engine(plan, 40, log_every=20).run()
+    assert runs == [19, 20]
+    expected = [[reference.step()["net"] for _ in range(20)] for _ in range(2)]
+    for name in ("loss", "twice"):
+        assert [t for t, _ in history[f"net.{name}"]] == [20, 40]
+        means = [sum(float(r[name]) for r in results) / 20 for results in expected]
+        torch.testing.assert_close([m for _, m in history[f"net.{name}"]], means, rtol=1e-12, atol=0)
+    assert history["net.share"] == [(20, 0.5), (40, 0.5)] and "net.vector" not in history

@@ -36,7 +36,7 @@ class Counted:
     def native_operator(self, arguments, hole):
         return None
 
-    def native_steps(self, *arguments):
+    def native_steps(self, arguments, changing):
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mlopt.backends.base import Lowering
+from mlopt.backends.base import Changing, Lowering
 from mlopt.backends.inductor.cache import DiskCache
 from mlopt.backends.inductor.lowered import LoweredGraph
 from mlopt.backends.measure import device_of, least_time
@@ -60,11 +60,11 @@ class MeasuredGraph:
             self._measure(filled)
         return self._chosen.native_operator(arguments, hole)
 
-    def native_steps(self, arguments: Sequence[Any], *changing: Any) -> Any:
+    def native_steps(self, arguments: Sequence[Any], changing: Changing) -> Any:
         """See `Compiled`."""
         if self._chosen is None:
             self._measure(arguments)
-        return self._chosen.native_steps(arguments, *changing)
+        return self._chosen.native_steps(arguments, changing)
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Return what the graph returns."""

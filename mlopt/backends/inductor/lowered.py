@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 
-from mlopt.backends.base import Compiled, Lowering
+from mlopt.backends.base import Changing, Compiled, Lowering
 from mlopt.backends.inductor.cache import Entry
 from mlopt.backends.inductor.interface import Argument, CallPlan, Computed, Size
 from mlopt.backends.inductor.spec import GraphSpec, sympy_symbol
@@ -86,20 +86,15 @@ class LoweredGraph:
             return None
         return operator
 
-    def native_steps(
-        self,
-        arguments: Sequence[Any],
-        feedback: Sequence[tuple[int, int]],
-        batch: Sequence[int],
-        numbers: Sequence[int],
-    ) -> Any:
+    def native_steps(self, arguments: Sequence[Any], changing: Changing) -> Any:
         """See `Compiled`."""
         if self._failed:
             return None
+        given = (arguments, changing.feedback, changing.batch, changing.numbers, changing.num_kept)
         try:
-            steps = self.native.steps(arguments, feedback, batch, numbers)
+            steps = self.native.steps(*given)
             if steps is None and self.accepts(arguments):
-                steps = self.native.steps(arguments, feedback, batch, numbers)
+                steps = self.native.steps(*given)
         except RuntimeError as error:
             self._fail(error)
             return None

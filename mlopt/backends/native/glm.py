@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mlopt import ops
-from mlopt.backends.base import Compiled, Lowering
+from mlopt.backends.base import Changing, Compiled, Lowering
 from mlopt.backends.native.choice import Choice
 from mlopt.passes import GlmRowKind, GlmStructure
 
@@ -93,9 +93,9 @@ class GlmGraph:
                 return self._graph.native_operator(arguments, hole)
         return operator
 
-    def native_steps(self, arguments: Sequence[Any], *changing: Any) -> Any:
+    def native_steps(self, arguments: Sequence[Any], changing: Changing) -> Any:
         """See `Compiled`."""
-        return self._graph.native_steps(arguments, *changing)
+        return self._graph.native_steps(arguments, changing)
 
     def _fits(self, x: torch.Tensor) -> bool:
         return x.is_contiguous() and ops.is_native(x)

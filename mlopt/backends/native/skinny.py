@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mlopt.backends.base import Compiled, Lowering
+from mlopt.backends.base import Changing, Compiled, Lowering
 from mlopt.backends.measure import device_of
 from mlopt.backends.native.choice import Choice
 from mlopt.ops.glm import MAX_CLASSES
@@ -66,11 +66,11 @@ class SkinnyGraph:
             self(*filled)
         return (self._skinny if self._choice.first else self._graph).native_operator(arguments, hole)
 
-    def native_steps(self, arguments: Sequence[Any], *changing: Any) -> Any:
+    def native_steps(self, arguments: Sequence[Any], changing: Changing) -> Any:
         """See `Compiled`."""
         if self._choice.first is None:
             self(*arguments)
-        return (self._skinny if self._choice.first else self._graph).native_steps(arguments, *changing)
+        return (self._skinny if self._choice.first else self._graph).native_steps(arguments, changing)
 
 
 def lower_skinny_products(module: fx.GraphModule) -> tuple[fx.GraphModule, int]:
