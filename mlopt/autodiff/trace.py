@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mlopt.capture.fake_cache import fake_cache
 from mlopt.capture.guard import ShapeGuard
 from mlopt.passes import has_writes, remove_fresh_writes_pass, size_hint
 
@@ -62,7 +63,8 @@ def trace(
         The traced graph.
     """
     shape_env = ShapeEnv()
-    fake_mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+    with fake_cache(len(inputs)):
+        fake_mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
     examples = [_fake(fake_mode, t, dims) for t, dims in zip(inputs, dynamic_dims, strict=True)]
     # Fused attention has no second derivative: it is recorded as elementary operations.
     with fake_mode, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -8,6 +8,7 @@ and need no declaration.
 
 from __future__ import annotations
 
+import itertools
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlopt.capture.attributes import ReadAttribute, recording_attributes
 from mlopt.capture.backward import hooked_parameters, watching_backward
 from mlopt.capture.batch import BatchSpec
+from mlopt.capture.fake_cache import fake_cache
 from mlopt.capture.guard import ShapeGuard
 from mlopt.capture.normalize import (
     decompose_batch_norm,
@@ -72,6 +74,7 @@ def capture_loss(
             warnings.catch_warnings(),
             sdpa_kernel(SDPBackend.MATH),
             autocast(problem.precision, problem.device),
+            fake_cache(len(handed) + sum(1 for _ in itertools.chain(wrapper.parameters(), wrapper.buffers()))),
         ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, (tuple(handed),), dynamic_shapes=(tuple(shapes),), strict=False)
