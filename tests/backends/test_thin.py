@@ -74,3 +74,47 @@ def test_free_rows_stay_free():
 def test_what_is_left_alone(function, inputs):
     module = traced(function, *inputs)
     assert fuse_thin_products(module) is module
+
+
+FORMS = {
+    "X w, r X": lambda x, w: (x @ w).t() @ x,
+    "X w, X^T r": lambda x, w: (x.t() @ (x @ w)).t(),
+    "w^T X^T, X^T r": lambda x, w: (x.t() @ (w.t() @ x.t()).t()).t(),
+    "X w + b, r X": lambda x, w: torch.addmm(w[0], x, w).t() @ x,
+}
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+@pytest.mark.parametrize("columns", [3, 20])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_matrix_that_many_products_read_is_copied_once(name, columns, mode):
+    def steps(x, w):
+        for _ in range(5):
+            w = w - 0.001 * FORMS[name](x, w).t()
+        return w
+
+    inputs = normal(70, columns), normal(columns, 1)
+    module = traced(steps, *inputs, mode=mode)
+    fused = fuse_thin_products(module)
+    clones = [n for n in fused.graph.nodes if n.target is aten.clone.default]
+    assert len(products(module)) == 10 and not products(fused) and len(clones) == 1
+    torch.testing.assert_close(fused(*inputs), module(*inputs), rtol=1e-13, atol=1e-13)
+    for shape in [(33, columns), (1, columns)] if mode == "symbolic" else []:
+        x = normal(*shape)
+        torch.testing.assert_close(fused(x, inputs[1]), module(x, inputs[1]), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("change", ["few products", "few rows", "transposed", "computed"])
+def test_a_matrix_that_is_not_copied(change):
+    def steps(x, w):
+        x = x.sin() if change == "computed" else x
+        for _ in range(3 if change == "few products" else 5):
+            w = w - 0.001 * ((x @ w).t() @ x).t()
+        return w
+
+    x = normal(8 if change == "few rows" else 70, 20)
+    inputs = x.t().contiguous().t() if change == "transposed" else x, normal(20, 1)
+    module = traced(steps, *inputs)
+    fused = fuse_thin_products(module)
+    assert not any(n.target is aten.clone.default for n in fused.graph.nodes)
+    torch.testing.assert_close(fused(*inputs), module(*inputs), rtol=1e-13, atol=1e-13)
