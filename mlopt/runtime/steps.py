@@ -183,6 +183,7 @@ class CompiledStep(LoweredUpdate):
 
 def _rows(schedule: Sequence[Sequence[float]], width: int) -> torch.Tensor:
     """Return rows of numbers as a tensor; often all of them are the same list."""
+    count = len(schedule)
     if all(row is schedule[0] for row in schedule):
-        return torch.tensor(schedule[0], dtype=torch.float64).repeat(len(schedule), 1)
-    return torch.tensor(schedule, dtype=torch.float64).reshape(len(schedule), width)
+        schedule = [[*schedule[0]] * count]
+    return torch.tensor(schedule, dtype=torch.float64).reshape(count, width)
