@@ -32,7 +32,7 @@ import mlopt
 PROXIMITY = 0.03  # how strongly finetuning is pulled towards the pretrained parameters
 NOISE = 0.5
 SMALL = 40  # samples for finetuning, and as many held out
-WARMUP = 100  # later than in its first steps, as a loss says nothing yet; before it has learned the wrong labels
+WARMUP = 200  # in the first steps a loss says nothing yet of a label
 
 
 class Pretrain(mlopt.Problem):
@@ -109,7 +109,7 @@ def make_program(data: list[common.Data], seed: int) -> mlopt.Graph:
         hypergradient=estimator,
         unroll_steps=2,
     )
-    optimizer = torch.optim.Adam(weights.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(weights.parameters(), lr=3e-3)
     held_out = digits.Batches(data[2], SMALL, seed)
     return mlopt.Graph([pretrain, finetune, Reweight("reweight", module=weights, optimizer=optimizer, data=held_out)])
 
@@ -140,7 +140,7 @@ def accuracy(module: nn.Module, data: common.Data) -> float:
 def main() -> None:
     """Run the example."""
     made = common.parser(__doc__, "pretraining_out")
-    made.add_argument("--steps", type=int, default=3000, help="pretraining steps; default %(default)s")
+    made.add_argument("--steps", type=int, default=1000, help="pretraining steps; default %(default)s")
     args = common.parse(made)
     start = time.perf_counter()
     names = ("small sets alone", "pretrained on all", "pretrained with learned weights", "pretrained on right labels")
