@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,6 +26,7 @@ def test_run_glm(tmp_path):
     assert "double backward" in smoke("run_glm", tmp_path) and len(list(tmp_path.glob("glm-cpu-*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_outer_iterations():
     """All methods that are installed agree in float64, and the table is printed."""
     command = [

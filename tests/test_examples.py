@@ -20,6 +20,7 @@ def run(*command):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["imaml", "maml"])
 def test_few_shot(method, tmp_path):
     small = ["--method", method, "--tasks", 3, "--filters", 4, "--inner-steps", 3]
@@ -37,13 +38,13 @@ SMALL = {
     "logistic": ("--steps", 2),
     "cleaning": ("--steps", 2),
     "longtail": ("--steps", 120),
-    "pretraining": ("--steps", 110),
+    "pretraining": ("--steps", 205),
     "darts": ("--steps", 6, "--train-steps", 3, "--random", 1),
     "reward": ("--updates", 2),
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "darts" else n for n in SMALL])
 def test_example(name, tmp_path):
     """It runs, prints the plan and a table, and saves its figure; the figures of the README need the whole run."""
     if name == "reward":
