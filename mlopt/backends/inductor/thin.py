@@ -75,6 +75,8 @@ def fuse_thin_products(module: fx.GraphModule) -> fx.GraphModule:
     Returns:
         A copy; the graph itself, if there is no such product.
     """
+    if not any(map(_product, module.graph.nodes)):  # as for most graphs: spares them the copy
+        return module
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     nodes = list(graph.nodes)
