@@ -15,6 +15,9 @@ struct Sweep {
   const GlmTiles<T>& tiles = glm_tiles<T>();
   const int64_t columns = q.columns(), stride = q.stride(), chunks = q.num_chunks();
   const int64_t partial_size = glm_partial_size(columns, stride);
+  // From one block of rows to the next, for the last product that reads a block (see glm_tiles.h).
+  const int64_t block = kGlmRowBlock * q.features;
+  const int64_t ahead = 2 * block * static_cast<int64_t>(sizeof(T)) <= kGlmPrefetchBytes ? block : 0;
 
   T* partial(int64_t task, int64_t chunk) const { return q.partials + (task * chunks + chunk) * partial_size; }
   T* block_of(T* partial) const { return partial + columns * stride; }
@@ -29,7 +32,7 @@ struct Sweep {
   void fill(int64_t task, const T* x, int64_t begin, int64_t count, T* u) const {
     const T* v = q.v + task * columns * stride;
     if (q.forward) {
-      tiles.forward(x, count, q.features, v, columns, stride, u);
+      tiles.forward(x, count, q.features, v, columns, stride, u, q.backward ? 0 : ahead);
       if (!q.bias) return;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < columns; ++c) u[i * columns + c] += v[c * stride + q.features];
@@ -69,7 +72,7 @@ struct Sweep {
         continue;
       }
       if (q.rows_function.function != kGlmIdentity) loss += apply(task, begin, count, u);
-      tiles.backward(x, count, q.features, u, columns, stride, acc);
+      tiles.backward(x, count, q.features, u, columns, stride, acc, ahead);
       if (!q.bias) continue;
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < columns; ++c) acc[c * stride + q.features] += u[i * columns + c];

@@ -15,6 +15,16 @@
 namespace mlopt {
 namespace {
 
+// Into L2: L1 holds the strip that is being read.
+template <typename T>
+inline void prefetch(const T* x, int64_t ahead) {
+#ifdef __GNUC__
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(x) + ahead * sizeof(T)), 0, 2);
+#else
+  (void)x, (void)ahead;
+#endif
+}
+
 namespace portable {
 #define MLOPT_TARGET
 constexpr int kTile = 2, kTileColumns = 6;

@@ -2,6 +2,11 @@
 //
 // Both keep a tile of accumulators in registers and run their lanes over features. glm_tiles.cpp chooses the
 // instruction set of the machine once.
+//
+// Tiles read X in strips, several rows at once, which the prefetcher of the hardware does not follow from page to page:
+// by itself it leaves half of the time to waiting for memory. So a tile asks for the element `ahead` of every one that
+// it reads: 0, or the distance to the block of rows that will be read next, if that fits into L2 beside this one.
+// Addresses past the end of X are asked for, too, which is harmless.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +16,11 @@ namespace mlopt {
 template <typename T>
 struct GlmTiles {
   // u[i * columns + c] = sum_d x[i * features + d] * v[c * stride + d] for `rows` rows and `columns` columns.
-  void (*forward)(const T* x, int64_t rows, int64_t features, const T* v, int64_t columns, int64_t stride, T* u);
+  void (*forward)(const T* x, int64_t rows, int64_t features, const T* v, int64_t columns, int64_t stride, T* u,
+                  int64_t ahead);
   // acc[c * stride + d] += sum_i x[i * features + d] * u[i * columns + c]
-  void (*backward)(const T* x, int64_t rows, int64_t features, const T* u, int64_t columns, int64_t stride, T* acc);
+  void (*backward)(const T* x, int64_t rows, int64_t features, const T* u, int64_t columns, int64_t stride, T* acc,
+                   int64_t ahead);
   const char* name;
 };
 

@@ -88,8 +88,8 @@ void test_tiles() {
         const auto x = random_vector<T>(rows * features, 1), v = random_vector<T>(columns * stride, 2);
         for (int k = 0; k < count; ++k) {
           std::vector<T> u(rows * columns), acc(columns * stride, T(1));
-          all[k].forward(x.data(), rows, features, v.data(), columns, stride, u.data());
-          all[k].backward(x.data(), rows, features, u.data(), columns, stride, acc.data());
+          all[k].forward(x.data(), rows, features, v.data(), columns, stride, u.data(), rows * features);
+          all[k].backward(x.data(), rows, features, u.data(), columns, stride, acc.data(), rows * features);
           for (int64_t i = 0; i < rows; ++i)
             for (int64_t c = 0; c < columns; ++c) {
               double sum = 0;
