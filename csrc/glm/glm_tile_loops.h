@@ -93,8 +93,7 @@ MLOPT_TARGET void backward_columns(const T* x, int64_t rows, int64_t features, c
   for (; d + kLanes <= features; d += kLanes)
     backward_tile<T, 1, kColumns, false>(x + d, rows, features, u, columns, acc + d, stride, 0, ahead);
   if (d < features)
-    backward_tile<T, 1, kColumns, true>(x + d, rows, features, u, columns, acc + d, stride, features - d,
-                                     ahead);
+    backward_tile<T, 1, kColumns, true>(x + d, rows, features, u, columns, acc + d, stride, features - d, ahead);
 }
 
 // Cuts the columns into tiles of nearly equal width: ten are five and five, not six and four.
