@@ -128,6 +128,10 @@ std::shared_ptr<Steps> Call::steps(const py::sequence& arguments,
   // An argument that is handed through may be one that is fed back.
   for (const Output& output : outputs_)
     if (output.kind == OutputKind::kArgument) return nullptr;
+  for (size_t k = 0; k < arguments_.size(); ++k) {  // not copies of them
+    const py::object argument = arguments[arguments_[k]];
+    prepared->inputs[k] = tensor_of(argument);
+  }
   for (size_t argument : batch) changing.batch.push_back(input_of(argument));
   for (size_t argument : numbers) changing.numbers.push_back(input_of(argument));
   for (size_t k = 0; k < std::min(num_kept, outputs_.size()); ++k)

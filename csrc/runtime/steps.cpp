@@ -15,12 +15,39 @@ Steps::Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, s
     : package_(std::move(package)),
       inputs_(std::move(inputs)),
       layouts_(std::move(layouts)),
-      changing_(std::move(changing)) {}
+      changing_(std::move(changing)) {
+  for (int64_t input : changing_.batch)
+    if (input >= 0) inputs_[static_cast<size_t>(input)] = at::Tensor();  // `run` brings its own; this one may be large
+}
 
 StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
-                       const at::Tensor& numbers) const {
+                       const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times) const {
+  for (size_t b : order) TORCH_CHECK(b < batches.size(), "steps: no batch ", b);
+  const auto columns = static_cast<int64_t>(changing_.numbers.size());
+  TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.dim() == 2 &&
+                  numbers.size(0) == static_cast<int64_t>(order.size()) && numbers.size(1) == columns &&
+                  (columns <= 1 || numbers.stride(1) == 1),
+              "steps: expected float64 numbers of shape [", order.size(), ", ", columns, "] with contiguous rows");
+  const bool uniform = batches.size() == 1 && numbers.stride(0) == 0;
+  const size_t leaps = leap != nullptr && uniform && !order.empty() ? (order.size() - 1) / times : 0;
+  if (leaps == 0) return loop(batches, order, numbers, {});
+  StepsResult first = leap->loop(batches, std::vector<size_t>(leaps, 0), numbers, {});
+  first.num_steps *= static_cast<int64_t>(times);
+  first.computed.clear();
+  if (first.error) return first;
+  const std::vector<size_t> rest(order.size() - leaps * times, 0);
+  StepsResult last = loop(batches, rest, numbers, std::move(first.fed));
+  last.num_steps += first.num_steps;
+  return last;
+}
+
+StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
+                        const at::Tensor& numbers, std::vector<at::Tensor> fed_before) const {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> inputs = inputs_;
+  for (size_t k = 0; k < fed_before.size(); ++k) inputs[changing_.feedback[k].second] = std::move(fed_before[k]);
+  for (size_t k = 0; k < inputs.size(); ++k)  // again in every run: the values in the caller's tensors have changed
+    if (inputs[k].defined()) inputs[k] = package_->fit(k, inputs[k], layouts_[k]);
   std::vector<std::vector<at::Tensor>> fitted;  // in the package's strides: copied once, not once per step
   for (const auto& batch : batches) {
     TORCH_CHECK(batch.size() == changing_.batch.size(), "steps: expected ", changing_.batch.size(),
@@ -32,17 +59,12 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
       tensors[j] = package_->fit(input, batch[j], layouts_[input]);
     }
   }
-  for (size_t b : order) TORCH_CHECK(b < batches.size(), "steps: no batch ", b);
-  const auto columns = static_cast<int64_t>(changing_.numbers.size());
-  TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.is_contiguous() && numbers.dim() == 2 &&
-                  numbers.size(0) == static_cast<int64_t>(order.size()) && numbers.size(1) == columns,
-              "steps: expected contiguous float64 numbers of shape [", order.size(), ", ", columns, "]");
   std::vector<std::pair<double*, int64_t>> slots;  // where a number goes, and its column
-  for (int64_t h = 0; h < columns; ++h) {
-    const int64_t input = changing_.numbers[static_cast<size_t>(h)];
+  for (size_t h = 0; h < changing_.numbers.size(); ++h) {
+    const int64_t input = changing_.numbers[h];
     if (input < 0) continue;
     at::Tensor own = at::empty({}, at::dtype(at::kDouble));  // the caller's is not written
-    slots.emplace_back(own.mutable_data_ptr<double>(), h);
+    slots.emplace_back(own.mutable_data_ptr<double>(), static_cast<int64_t>(h));
     inputs[static_cast<size_t>(input)] = std::move(own);
   }
 
@@ -59,7 +81,7 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
           if (changing_.batch[j] >= 0) inputs[static_cast<size_t>(changing_.batch[j])] = fitted[batch][j];
       }
       for (const auto& [slot, h] : slots) *slot = row[h];
-      row += columns;
+      row += numbers.stride(0);
       std::vector<at::Tensor> computed = package_->run(inputs);
       std::vector<at::Tensor> fed;
       fed.reserve(changing_.feedback.size());

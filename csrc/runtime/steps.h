@@ -33,16 +33,24 @@ struct StepChanges {
 
 class Steps {
  public:
-  // inputs: as the package takes them in the first step.
+  // inputs: of the first step, as the caller has them; `run` takes their values then.
   Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, std::vector<Layout> layouts,
         StepChanges changing);
 
-  // batches: each distinct one once; order: which of them each step takes; numbers: [steps, H] float64, a row per step.
+  // batches: each distinct one once; order: which of them each step takes; numbers: [steps, H] float64, a row per step,
+  // or one row for all of them by a stride of 0. Then, and with a single batch, all steps but the last ones are made
+  // `times` at a time by `leap`, if there is one: a graph that makes so many, feeds back the same values in the same
+  // order, and returns nothing else.
   // Call it without the GIL. What is wrong with the arguments is thrown; what happens in a step is in the result.
   StepsResult run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
-                  const at::Tensor& numbers) const;
+                  const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times) const;
 
  private:
+  // fed_before: what takes the place of the inputs that are fed back, or nothing. The columns of `numbers` are read by
+  // its stride, so it may have more rows than there are steps.
+  StepsResult loop(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
+                   const at::Tensor& numbers, std::vector<at::Tensor> fed_before) const;
+
   std::shared_ptr<Package> package_;
   std::vector<at::Tensor> inputs_;
   std::vector<Layout> layouts_;

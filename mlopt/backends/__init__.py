@@ -13,7 +13,7 @@ from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
 from mlopt.backends.inductor.cache import machine
 from mlopt.backends.native import NativeBackend
-from mlopt.backends.steps import StepsOutcome, run_steps
+from mlopt.backends.steps import Leap, StepsLoop, StepsOutcome
 from mlopt.errors import BackendWarning
 
 __all__ = [
@@ -22,13 +22,14 @@ __all__ = [
     "Compiled",
     "EagerBackend",
     "InductorBackend",
+    "Leap",
     "Lowering",
     "NativeBackend",
+    "StepsLoop",
     "StepsOutcome",
     "background_backend",
     "get_backend",
     "machine",
-    "run_steps",
 ]
 
 _NAMES = ("auto", "eager", "inductor", "native")

@@ -31,47 +31,113 @@ class StepsOutcome:
     error: BaseException | None
 
 
-def run_steps(
-    call: Compiled,
-    arguments: Sequence[Any],
-    changing: Changing,
-    batches: Sequence[Sequence[torch.Tensor]],
-    order: Sequence[int],
-    numbers: torch.Tensor,
-) -> StepsOutcome:
-    """Call a graph once per entry of `order`: in one native loop if it is a package, else by a loop in Python.
+@dataclasses.dataclass(frozen=True)
+class Leap:
+    """A graph that makes several of the calls at once, where batch and numbers stay the same.
 
-    Nothing is written; an error or Ctrl-C leaves the values after the last whole call.
+    Attributes:
+        call: The graph; its arguments are those of a single call.
+        changing: Its feedback into the same arguments, in the same order; batch and numbers as of a single call.
+        times: How many calls it makes.
+    """
+
+    call: Compiled
+    changing: Changing
+    times: int
+
+
+class StepsLoop:
+    """Calls a graph many times in a row: in one native loop if it is a package, else by a loop in Python.
 
     Args:
         call: The graph.
-        arguments: Its arguments in the first call.
-        changing: Which of them change.
-        batches: The distinct batches, all of the sizes of the first.
-        order: Which batch each call takes.
-        numbers: [calls, H] float64: the numbers of each call.
+        changing: Which arguments change from call to call.
+        leap: What makes several calls at once, as long as others follow.
     """
-    native = call.native_steps(arguments, changing)
-    if native is None:
-        return _run_in_python(call, arguments, changing, batches, order, numbers)
-    steps, results = native
-    result = steps.run(batches, order, numbers)
-    error: BaseException | None = None
-    try:
-        result.raise_error()
-    except BaseException as raised:  # KeyboardInterrupt, too: the caller stores the steps made, then raises it
-        error = raised
-    if not result.num_steps:
-        return StepsOutcome(0, result.fed, None, (), error)
-    outputs = results(arguments, result.computed)
-    kept = [
-        every if every is not None else _stacked([last] * result.num_steps)
-        for every, last in zip(result.kept, outputs, strict=False)
-    ]
-    return StepsOutcome(result.num_steps, result.fed, outputs, kept, error)
+
+    def __init__(self, call: Compiled, changing: Changing, leap: Leap | None = None) -> None:
+        self._call = call
+        self._changing = changing
+        self._leap = leap
+        # What was made for the last arguments. The next run has most often the same tensors, with new values.
+        self._known: tuple[list[Any], tuple[Any, Any, Any]] | None = None
+
+    def run(
+        self,
+        arguments: Sequence[Any],
+        batches: Sequence[Sequence[torch.Tensor]],
+        order: Sequence[int],
+        numbers: torch.Tensor,
+    ) -> StepsOutcome:
+        """Call the graph once per entry of `order`.
+
+        Nothing is written; an error or Ctrl-C leaves the values after the last whole call.
+
+        Args:
+            arguments: Those of the first call.
+            batches: The distinct batches, all of the sizes of the first.
+            order: Which batch each call takes.
+            numbers: [calls, H] float64: the numbers of each call; a stride of 0 tells that they are always the same.
+        """
+        steps, results, leap = self._bind(arguments)
+        if steps is None:
+            return self._run_in_python(arguments, batches, order, numbers)
+        result = steps.run(batches, order, numbers, leap, self._leap.times if self._leap is not None else 1)
+        error: BaseException | None = None
+        try:
+            result.raise_error()
+        except BaseException as raised:  # KeyboardInterrupt, too: the caller stores the steps made, then raises it
+            error = raised
+        if not result.computed:
+            return StepsOutcome(result.num_steps, result.fed, None, (), error)
+        outputs = results(arguments, result.computed)
+        kept = [
+            every if every is not None else _stacked([last] * result.num_steps)
+            for every, last in zip(result.kept, outputs, strict=False)
+        ]
+        return StepsOutcome(result.num_steps, result.fed, outputs, kept, error)
+
+    def _run_in_python(
+        self,
+        arguments: Sequence[Any],
+        batches: Sequence[Sequence[torch.Tensor]],
+        order: Sequence[int],
+        numbers: torch.Tensor,
+    ) -> StepsOutcome:
+        """Do what `Steps::run` of csrc/runtime/steps.cpp does."""
+        leap, made = self._leap, 0
+        uniform = len(batches) == 1 and numbers.stride(0) == 0
+        leaps = (len(order) - 1) // leap.times if leap is not None and uniform else 0
+        if leap is not None and leaps:
+            first = _loop_in_python(leap.call, arguments, leap.changing, batches, order[:leaps], numbers[:leaps])
+            made = first.num_steps * leap.times
+            if first.error is not None:
+                return StepsOutcome(made, first.fed, None, (), first.error)
+            arguments = list(arguments)
+            for (_, position), value in zip(leap.changing.feedback, first.fed, strict=True):
+                arguments[position] = value
+        last = _loop_in_python(self._call, arguments, self._changing, batches, order[made:], numbers[made:])
+        return dataclasses.replace(last, num_steps=made + last.num_steps)
+
+    def _bind(self, arguments: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """Return the native loop, what makes results of its outputs, and the loop of leaps; None for what is not."""
+        key = list(arguments)
+        for position in self._changing.batch:
+            key[position] = key[position].shape  # every run brings tensors of its own
+        if self._known is not None and all(map(_is_same, key, self._known[0])):
+            return self._known[1]
+        native = self._call.native_steps(arguments, self._changing)
+        leap = self._leap and self._leap.call.native_steps(arguments, self._leap.changing)
+        bound = (None, None, None) if native is None else (*native, leap and leap[0])
+        self._known = None if native is None else (key, bound)
+        return bound
 
 
-def _run_in_python(
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and bool(a == b))
+
+
+def _loop_in_python(
     call: Compiled,
     arguments: Sequence[Any],
     changing: Changing,

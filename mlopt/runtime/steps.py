@@ -7,13 +7,15 @@ half of a step behind.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mlopt.autodiff import RepeatedSteps, StepGraph
-from mlopt.backends import Changing, Compiled, StepsOutcome, run_steps
+from mlopt.backends import Changing, Compiled, Leap, StepsLoop, StepsOutcome
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch
 from mlopt.runtime.finite import all_finite
@@ -44,11 +46,17 @@ class CompiledStep(LoweredUpdate):
         numbers = [i for i, x in enumerate(graph.settings) if x.role is UpdateRole.HYPERPARAMETER]
         # A number that the step itself changes is fed back; the others may be changed by a scheduler.
         self._scheduled = [i for i in numbers if graph.settings[i] not in graph.update.outputs]
-        self._changing = Changing(
+        changing = Changing(
             graph.feedback,
             tuple(loss.positions(InputRole.BATCH)),
             tuple(graph.num_loss_inputs + i for i in self._scheduled),
         )
+        leap = None
+        if several is not None and several[1].lowering.backend != "eager":
+            repeated, several_call = several
+            leap = Leap(several_call, dataclasses.replace(changing, feedback=repeated.feedback), repeated.times)
+        self._loop = StepsLoop(call, changing, leap)
+        self._keeping_loop = StepsLoop(call, dataclasses.replace(changing, num_kept=1 + graph.num_metrics))
         self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
         self._unset = torch.zeros((), dtype=torch.float64)
 
@@ -112,55 +120,20 @@ class CompiledStep(LoweredUpdate):
                 that is not finite stays so, whatever the later steps do.)
             keep_results: Keep loss and metrics of every step, not of the last alone: see `kept_metrics`.
         """
-        position = {key: k for k, key in enumerate(dict.fromkeys(map(id, batches)))}
+        distinct = {id(batch): batch for batch in batches}
+        position = {key: k for k, key in enumerate(distinct)}
         order = [position[id(batch)] for batch in batches] if len(position) > 1 else [0] * len(batches)
-        by_id = {id(batch): batch for batch in batches} if len(position) > 1 else {id(batches[0]): batches[0]}
         numbers = _rows(schedule, len(self._scheduled))
         # The scheduled numbers come from the rows.
         settings = [self._update.live(x) if x else self._unset for x in self._read]
         arguments = [*self._loss.bind(batches[0].tensors), *settings]
-        tensors = [by_id[key].tensors for key in position]
-        made, first = (0, None) if keep_results else self._run_several(arguments, tensors, order, numbers)
-        if first is not None and first.error is not None:
-            outcome = first
-        else:
-            changing = self._changing
-            if keep_results:
-                changing = dataclasses.replace(changing, num_kept=1 + self.graph.num_metrics)
-            outcome = run_steps(self.call, arguments, changing, tensors, order[made:], numbers[made:])
-        outcome = dataclasses.replace(outcome, num_steps=outcome.num_steps + made)
+        loop = self._keeping_loop if keep_results else self._loop
+        outcome = loop.run(arguments, [batch.tensors for batch in distinct.values()], order, numbers)
         if finite_only and outcome.outputs is not None and not all_finite([outcome.outputs[0], *outcome.fed]):
             return StepsOutcome(0, [], None, (), None)
         if outcome.num_steps:
             self._write(outcome.fed)
         return outcome
-
-    def _run_several(
-        self, arguments: list[torch.Tensor], batches: Sequence[Sequence[torch.Tensor]], order: list[int], numbers: Any
-    ) -> tuple[int, StepsOutcome | None]:
-        """Make all steps but the last, or as many as come out even, by the graph of several, where there is one.
-
-        Args:
-            arguments: Of the first step; replaced by those of the next one to make.
-            batches: The distinct batches.
-            order: Which each step takes.
-            numbers: See `run`.
-
-        Returns:
-            How many were made, and what came of them, outputs excepted.
-        """
-        if self.several is None or self.several[1].lowering.backend == "eager" or len(batches) > 1:
-            return 0, None
-        repeated, call = self.several
-        count = (len(order) - 1) // repeated.times
-        if count == 0 or not torch.equal(numbers, numbers[:1].expand_as(numbers)):
-            return 0, None
-        changing = dataclasses.replace(self._changing, feedback=repeated.feedback)
-        outcome = run_steps(call, arguments, changing, batches, [0] * count, numbers[:count])
-        for (_, position), value in zip(repeated.feedback, outcome.fed, strict=True):
-            arguments[position] = value
-        made = outcome.num_steps * repeated.times
-        return made, StepsOutcome(0, outcome.fed, None, (), outcome.error)
 
     def metrics(self, outputs: Sequence[Any]) -> dict[str, Any]:
         """Return loss and metrics of a step, as the user named them."""
@@ -182,8 +155,8 @@ class CompiledStep(LoweredUpdate):
 
 
 def _rows(schedule: Sequence[Sequence[float]], width: int) -> torch.Tensor:
-    """Return rows of numbers as a tensor; often all of them are the same list."""
-    count = len(schedule)
-    if all(row is schedule[0] for row in schedule):
-        schedule = [[*schedule[0]] * count]
+    """Return rows of numbers as a tensor, of stride 0 where all of them are equal, as they often are."""
+    count, first = len(schedule), schedule[0]
+    if all(map(operator.is_, schedule, itertools.repeat(first))) or all(row == first for row in schedule):
+        return torch.tensor([first], dtype=torch.float64).expand(count, width)
     return torch.tensor(schedule, dtype=torch.float64).reshape(count, width)

@@ -60,15 +60,15 @@ def pair(made, cache, monkeypatch):
 
 def native_runs(step, monkeypatch):
     """Whether each run of a step was a native loop."""
-    runs, lowered = [], step.call
-    native = lowered.native_steps
+    runs = []
+    for loop in (step._loop, step._keeping_loop):
 
-    def counted(*args):
-        found = native(*args)
-        runs.append(found is not None)
-        return found
+        def counted(arguments, bind=loop._bind):
+            found = bind(arguments)
+            runs.append(found[0] is not None)
+            return found
 
-    monkeypatch.setattr(lowered, "native_steps", counted)
+        monkeypatch.setattr(loop, "_bind", counted)
     return runs
 
 

@@ -48,6 +48,7 @@ class _Lowered:
 
     spec: GraphSpec | None = None
     plan: CallPlan | None = None
+    options: tuple[tuple[str, object], ...] = ()
     key: str = ""
     entry: Entry | None = None
     cached: bool = False
@@ -89,8 +90,7 @@ class InductorBackend(AbstractBackend):
         """Find every graph in the cache or compile it, in parallel processes."""
         if not modules:
             return
-        options = worker.options()
-        made = {module: self._cut(module, options) for module in modules}
+        made = {module: self._cut(module) for module in modules}
         jobs: dict[str, tuple[_Lowered, worker.Job]] = {}  # equal graphs are compiled once
         for graph in made.values():
             if graph.spec is None or graph.key in jobs:
@@ -102,7 +102,7 @@ class InductorBackend(AbstractBackend):
                 graph.error = "it was captured after training had begun, and is not in the cache"
                 logger.info("a graph runs eagerly: %s", graph.error)
             elif graph.entry is None:
-                jobs[graph.key] = (graph, worker.Job(graph.spec, options, str(self._cache.new_package())))
+                jobs[graph.key] = (graph, worker.Job(graph.spec, graph.options, str(self._cache.new_package())))
         if jobs:
             self._compile(jobs, progress)
         for graph in made.values():
@@ -157,7 +157,7 @@ class InductorBackend(AbstractBackend):
             return EagerGraph(module, f"its package cannot be loaded: {str(error).strip().splitlines()[0]}")
         return MeasuredGraph(lowered, graph.key, self._cache) if self._measure else lowered
 
-    def _cut(self, module: fx.GraphModule, options: tuple[tuple[str, object], ...]) -> _Lowered:
+    def _cut(self, module: fx.GraphModule) -> _Lowered:
         try:
             spec, plan = cut_interface(fuse_thin_products(module))
         except UnsupportedGraphError as error:
@@ -167,4 +167,5 @@ class InductorBackend(AbstractBackend):
             return _Lowered(error=f"{type(error).__name__}: {error}")
         if self._measure and any(x.device.type != "cpu" for x in spec.inputs):
             return _Lowered(error="backend='auto' compiles for CPUs only; backend='inductor' compiles for GPUs too")
-        return _Lowered(spec, plan, spec.digest(str(options), machine(), f"format {_FORMAT}"))
+        options = worker.options(spec)
+        return _Lowered(spec, plan, options, spec.digest(str(options), machine(), f"format {_FORMAT}"))

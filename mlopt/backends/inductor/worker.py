@@ -7,6 +7,7 @@ Protocol: ``"ready"`` on standard output; then one pickled `Job` after the other
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pickle
 import struct
@@ -18,6 +19,8 @@ from typing import IO, Any
 import torch
 
 from mlopt.backends.inductor.spec import GraphSpec, sympy_symbol
+
+_MANY, _SMALL = 100, 1 << 17  # operations, and numbers in all inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Result:
     seconds: float
 
 
-def options() -> tuple[tuple[str, Any], ...]:
+def options(spec: GraphSpec) -> tuple[tuple[str, Any], ...]:
     """Return what Inductor is asked for by this process; part of the cache key."""
-    return (
+    shared = (
         ("aot_inductor.package", True),
         # Eager torch's generators draw: the same dropout masks from the same state, without which nothing agrees.
         ("fallback_random", True),
@@ -62,6 +65,16 @@ def options() -> tuple[tuple[str, Any], ...]:
         # The loops are generated for a number of threads: that of this process, not of the one that compiles.
         ("cpp.threads", torch.get_num_threads()),
     )
+    # One allocation for all that is computed on the way. In a graph of many small operations the allocations take as
+    # long as a third of the work; in others Inductor's own reuse of buffers does as well.
+    return (*shared, ("memory_planning", True)) if _has_many_small(spec) else shared
+
+
+def _has_many_small(spec: GraphSpec) -> bool:
+    hints = {sympy_symbol(k): symbol.hint for k, symbol in enumerate(spec.symbols)}
+    numbers = sum(math.prod(int(n.xreplace(hints)) for n in x.sizes) for x in spec.inputs)
+    on_cpu = all(x.device.type == "cpu" for x in spec.inputs)
+    return on_cpu and len(spec.nodes) >= _MANY and numbers <= _SMALL
 
 
 def run_job(job: Job) -> Result:
