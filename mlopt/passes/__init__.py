@@ -14,6 +14,7 @@ from mlopt.passes.merge_equal_nodes import merge_equal_nodes_pass
 from mlopt.passes.remove_dead_nodes import remove_dead_nodes_pass
 from mlopt.passes.remove_fresh_writes import has_writes, remove_fresh_writes_pass
 from mlopt.passes.remove_identities import remove_identities_pass
+from mlopt.passes.remove_neutral_operands import remove_neutral_operands_pass
 from mlopt.passes.runner import DEFAULT_PASSES, run_default_passes
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "remove_dead_nodes_pass",
     "remove_fresh_writes_pass",
     "remove_identities_pass",
+    "remove_neutral_operands_pass",
     "run_default_passes",
     "size_hint",
 ]

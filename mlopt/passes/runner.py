@@ -10,13 +10,19 @@ from torch import fx
 from mlopt.passes.merge_equal_nodes import merge_equal_nodes_pass
 from mlopt.passes.remove_dead_nodes import remove_dead_nodes_pass
 from mlopt.passes.remove_identities import remove_identities_pass
+from mlopt.passes.remove_neutral_operands import remove_neutral_operands_pass
 
 logger = logging.getLogger(__name__)
 
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
-# The order matters: identities hide equal nodes from the merge, and both leave dead nodes behind.
-DEFAULT_PASSES: tuple[Pass, ...] = (remove_identities_pass, merge_equal_nodes_pass, remove_dead_nodes_pass)
+# The order matters: what does nothing hides equal nodes from the merge, and all leave dead nodes behind.
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    remove_identities_pass,
+    remove_neutral_operands_pass,
+    merge_equal_nodes_pass,
+    remove_dead_nodes_pass,
+)
 
 
 def run_default_passes(module: fx.GraphModule) -> fx.GraphModule:

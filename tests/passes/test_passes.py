@@ -10,6 +10,7 @@ from mlopt.passes import (
     remove_dead_nodes_pass,
     remove_fresh_writes_pass,
     remove_identities_pass,
+    remove_neutral_operands_pass,
     run_default_passes,
 )
 
@@ -38,6 +39,18 @@ CASES = {
     "dead": (remove_dead_nodes_pass, lambda x: (x.exp(), x.sin())[:1], 1),
     # The first of the two transposes is left for dead-code removal.
     "identities": (remove_identities_pass, lambda x: (x.detach().clone().t().t().view(4, 4).exp(),), 2),
+    "neutral operands": (  # the tensors of zeros and ones are left for dead-code removal
+        remove_neutral_operands_pass,
+        lambda x: ((torch.ones(4, 4) * (torch.zeros(1, 4).expand(4, 4) + x) + 0.0 - torch.full((4, 4), 0.0)) / 1,),
+        4,
+    ),
+    "powers of zero": (remove_neutral_operands_pass, lambda x: (x.exp() * (x.pow(0.0) * 1.0),), 2),
+    "operands that are not neutral": (
+        remove_neutral_operands_pass,
+        lambda x: (x * torch.zeros_like(x), torch.zeros_like(x) - x, 1 / x, x.int() + 0.0, x[0] + torch.zeros(4, 4)),
+        10,
+    ),
+    "layouts": (remove_neutral_operands_pass, lambda x: (torch.zeros(4, 4) + x.t(), torch.ones(2, 1, 1) * x), 5),
     "writes to fresh tensors": (
         remove_fresh_writes_pass,
         lambda x: (x.clone().mul_(2).add_(1), x.clone().lerp_(x, 0.5)),
