@@ -78,7 +78,7 @@ def _constant_of(node: fx.Node, constants: dict[fx.Node, float]) -> float | None
     elif node.target in _FILLED_WITH:
         value = node.args[_FILLED_WITH[node.target]]
     elif node.target in _SAME_ELEMENTS:
-        return constants.get(node.args[0])  # type: ignore[arg-type]
+        return constants.get(node.args[0])
     elif node.target in _POWERS and _number(node.args[1], constants) == 0:
         value = 1  # of NaN, too
     return value if isinstance(value, bool | int | float) and value in (0, 1) else None
