@@ -64,8 +64,11 @@ def _is_fresh(node: fx.Node) -> bool:
 def _same_dtype(node: fx.Node, written: fx.Node) -> bool:
     """Whether the functional form has the dtype of what is written: a write converts, a functional form promotes."""
     dtype = written.meta["val"].dtype
-    tensors = [n.meta.get("val") for n in node.all_input_nodes]
-    numbers = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float | complex)]
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    tensors = [v for v in values if not isinstance(v, torch.SymInt | torch.SymFloat)]  # free sizes, and their ratios
+    numbers = [
+        a for a in (*node.args, *node.kwargs.values(), *values) if isinstance(a, float | complex | torch.SymFloat)
+    ]
     return all(isinstance(t, torch.Tensor) and t.dtype == dtype for t in tensors) and (
         dtype.is_floating_point or dtype.is_complex or not numbers
     )

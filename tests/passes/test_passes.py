@@ -111,3 +111,10 @@ def test_writes_that_others_see_stay(function, left):
     for a, b in zip(module(X.clone()), expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+def test_writes_with_a_free_size():
+    module = make_fx(lambda x: (x.exp().div_(x.shape[0]),), tracing_mode="symbolic")(X)
+    expected = module(X)
+    assert not has_writes(remove_fresh_writes_pass(module))
+    torch.testing.assert_close(module(X), expected, rtol=0, atol=0)
