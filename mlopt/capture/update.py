@@ -147,7 +147,16 @@ class UpdateGraph:
         with torch.no_grad():
             return list(self.module(*tensors))
 
-    def commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+    def targets(self) -> list[torch.Tensor | None]:
+        """Return the live tensor that each output is written into; None for what is no tensor, or not there yet."""
+        return [self._target(x) for x in self.outputs]
+
+    def commit(
+        self,
+        results: Sequence[torch.Tensor],
+        also: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        targets: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
         """Write the results of a step into the live parameters, state and param groups, as ``step()`` would.
 
         Live tensors are written in one call into torch, which no signal interrupts.
@@ -155,18 +164,19 @@ class UpdateGraph:
         Args:
             results: New values in the order of `outputs`.
             also: (live tensor, new value) pairs to write together with them.
+            targets: What `targets` returns, where it is known.
         """
-        pairs = [*also]
+        written, values = [live for live, _ in also], [value for _, value in also]
         others: list[tuple[UpdateValue, torch.Tensor]] = []
-        for x, value in zip(self.outputs, results, strict=True):
-            live = self._target(x)
+        for x, live, value in zip(self.outputs, targets or self.targets(), results, strict=True):
             if live is None:
                 others.append((x, value))
             else:
-                pairs.append((live, value if value.shape == live.shape else value.reshape(live.shape)))
+                written.append(live)
+                values.append(value if value.shape == live.shape else value.reshape(live.shape))
         with torch.no_grad():
-            if pairs:
-                torch._foreach_copy_([live for live, _ in pairs], [value for _, value in pairs])
+            if written:
+                torch._foreach_copy_(written, values)
             for x, value in others:
                 self._store(x, value.detach())
             for (name, key), constant in self.made.items():
@@ -188,19 +198,21 @@ class UpdateGraph:
         read = self._steering
         groups: list[object] = []
         for number, group in enumerate(self.optimizer.param_groups):
-            entries: list[object] = [len(group["params"])]
+            entries: list[object] = [len(group["params"]), *map(id, group["params"]), *group]
             for key, value in group.items():
-                if key == "params":
-                    entries += map(id, value)
+                kind = type(value)
+                if kind is float or kind is int:
+                    entries.append(kind if (number, key) not in read else value)
+                elif kind is list:
+                    if key != "params":
+                        entries.append(tuple(value))
                 elif isinstance(value, torch.Tensor):
                     return None
-                elif is_number(value) and (number, key) not in read:
-                    entries.append((key, type(value)))
                 else:
-                    entries.append((key, tuple(value) if isinstance(value, list) else value))
+                    entries.append(value)
             groups.append(entries)
         state = self.optimizer.state
-        held = [[*map(id, state[p].values())] if p in state else [] for p in self.parameters.values()]
+        held = [[*map(id, state.get(p, {}).values())] for p in self.parameters.values()]
         return (vars(self.optimizer).get("step"), groups, held)
 
     def guard_reads(self, role: UpdateRole) -> bool:

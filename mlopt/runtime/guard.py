@@ -28,17 +28,16 @@ class ModuleGuard:
     def __init__(self, problems: Mapping[str, Problem]) -> None:
         self._problems = dict(problems)
         self._roots = {name: p.module for name, p in problems.items()}
-        self._modules = [
-            (name, path, module, _structure(module))
-            for name, p in problems.items()
-            for path, module in p.module.named_modules()
-        ]
+        named = [(name, path, m) for name, p in problems.items() for path, m in p.module.named_modules()]
+        self._places = [(name, path) for name, path, _ in named]
+        self._modules = [module for _, _, module in named]
+        self._structures = _structures(self._modules)
         self._parameters = [
             (name, path, p, p.shape, p.dtype, p.device, p.requires_grad)
             for name, problem in problems.items()
             for path, p in problem.module.named_parameters()
         ]
-        self._held = {name: _num_held(p) for name, p in problems.items()}
+        self._held = [_num_held(p) for p in problems.values()]
         self.last: tuple[bool, ...] = ()
 
     def modes(self) -> tuple[bool, ...]:
@@ -47,33 +46,43 @@ class ModuleGuard:
         Raises:
             StateError: Something has; names the problem and the module or parameter.
         """
-        for name, root in self._roots.items():
-            if self._problems[name].module is not root:
+        # Made several times in every step: one comparison of lists per question, and names only where they differ.
+        for name, problem in self._problems.items():
+            if problem.module is not self._roots[name]:
                 raise _changed(name, "its module was replaced by another object")
-            if _num_held(self._problems[name]) != self._held[name]:
-                raise _changed(name, "its optimizer holds another number of parameters")
-        for name, path, module, structure in self._modules:
-            if _structure(module) != structure:
-                raise _changed(name, f"a submodule, parameter or buffer of {path or 'its module'!r} was replaced")
+        held = [_num_held(p) for p in self._problems.values()]
+        if held != self._held:
+            name = next(n for n, a, b in zip(self._problems, held, self._held, strict=True) if a != b)
+            raise _changed(name, "its optimizer holds another number of parameters")
+        structures = _structures(self._modules)
+        if structures != self._structures:
+            pairs = zip(self._places, structures, self._structures, strict=True)
+            name, path = next(place for place, a, b in pairs if a != b)
+            raise _changed(name, f"a submodule, parameter or buffer of {path or 'its module'!r} was replaced")
         for name, path, p, shape, dtype, device, trained in self._parameters:
             if p.dtype != dtype or p.device != device or p.shape != shape or p.requires_grad != trained:
                 now = f"{p.dtype} {tuple(p.shape)} on {p.device}, requires_grad={p.requires_grad}"
                 was = f"{dtype} {tuple(shape)} on {device}, requires_grad={trained}"
                 raise _changed(name, f"parameter {path!r} is {now}, it was {was}")
-        self.last = tuple([module.training for _, _, module, _ in self._modules])
+        self.last = tuple([module.training for module in self._modules])
         return self.last
 
 
-def _structure(module: nn.Module) -> tuple[int, ...]:
-    return (
-        *map(id, module._parameters.values()),
-        *map(id, module._modules.values()),
-        *map(id, module._buffers.values()),
-    )
+def _structures(modules: list[nn.Module]) -> list[tuple[int | None, ...]]:
+    return [
+        (
+            *map(id, module._parameters.values()),
+            None,
+            *map(id, module._modules.values()),
+            None,
+            *map(id, module._buffers.values()),
+        )
+        for module in modules
+    ]
 
 
 def _num_held(problem: Problem) -> int:
-    return sum(len(group["params"]) for group in problem.optimizer.param_groups)
+    return sum([len(group["params"]) for group in problem.optimizer.param_groups])
 
 
 def _changed(name: str, what: str) -> StateError:

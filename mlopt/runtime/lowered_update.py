@@ -36,6 +36,8 @@ class LoweredUpdate:
         self.given_up = ""
         self._update = update
         self._checked: object = None
+        self._targets: list[torch.Tensor | None] | None = None  # as long as `_checked` holds
+        self._state: dict[int, torch.Tensor] = {}  # likewise, by the id of an input: hashing one takes longer
 
     def is_used(self) -> bool:
         """Whether it is machine code; a graph that runs by torch calls gains nothing over ``optimizer.step()``."""
@@ -46,6 +48,8 @@ class LoweredUpdate:
         key = self._update.fingerprint()
         if key is not None and key == self._checked:
             return True
+        self._targets = None
+        self._state.clear()
         accepted = self._update.is_free() and self._update.accepts()
         self._checked = key if accepted else None
         return accepted
@@ -55,8 +59,19 @@ class LoweredUpdate:
         logger.warning("a compiled step of problem %r is not used any more: %s", self._update.problem, reason)
         self.given_up = reason
 
+    def _live(self, x: UpdateValue) -> torch.Tensor:
+        """Return the present value of an input; tensors of the state are looked up once per `accepts`."""
+        if x.role is not UpdateRole.STATE or x.number is not None:
+            return self._update.live(x)
+        found = self._state.get(id(x))
+        if found is None:
+            found = self._state[id(x)] = self._update.live(x)
+        return found
+
     def _commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
-        self._update.commit(results, also)
+        if self._targets is None:
+            self._targets = self._update.targets()
+        self._update.commit(results, also, self._targets)
         for parameter in self._update.parameters.values():
             parameter.grad = None
 
@@ -72,7 +87,7 @@ class CompiledUpdate(LoweredUpdate):
     def __init__(self, graph: TotalUpdateGraph, call: Compiled) -> None:
         super().__init__(graph.update, call)
         self.graph = graph
-        self._numbers: dict[UpdateValue, tuple[float, torch.Tensor]] = {}
+        self._numbers: dict[int, tuple[float, torch.Tensor]] = {}
 
     def compute(
         self,
@@ -107,9 +122,9 @@ class CompiledUpdate(LoweredUpdate):
 
     def _setting(self, x: UpdateValue, update: UpdateGraph) -> torch.Tensor:
         if x.role is not UpdateRole.HYPERPARAMETER or x.number is None:
-            return update.live(x)
+            return self._live(x) if update is self._update else update.live(x)
         value = update.number(x)
-        known = self._numbers.get(x)
+        known = self._numbers.get(id(x))
         if known is None or known[0] != value:
-            known = self._numbers[x] = value, update.live(x)
+            known = self._numbers[id(x)] = value, update.live(x)
         return known[1]

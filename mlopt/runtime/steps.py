@@ -125,7 +125,7 @@ class CompiledStep(LoweredUpdate):
         order = [position[id(batch)] for batch in batches] if len(position) > 1 else [0] * len(batches)
         numbers = _rows(schedule, len(self._scheduled))
         # The scheduled numbers come from the rows.
-        settings = [self._update.live(x) if x else self._unset for x in self._read]
+        settings = [self._live(x) if x else self._unset for x in self._read]
         arguments = [*self._loss.bind(batches[0].tensors), *settings]
         loop = self._keeping_loop if keep_results else self._loop
         outcome = loop.run(arguments, [batch.tensors for batch in distinct.values()], order, numbers)
