@@ -10,6 +10,7 @@ turns, so a machine that drifts is unfair to none. Ratios are what to quote. Pee
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -34,20 +35,22 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, each method by itself")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--out", type=Path, help="folder for outer-cpu.json")
+    parser.add_argument(
+        "--out", type=Path, help="folder of outer-cpu.json, in which these results replace their older ones"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    results, agreed = {}, True
+    agreed = True
     for name in args.problems:
         problem = PROBLEMS[name]
         print(f"\n{name}: {problem.title}")
         for method in args.methods:
             agreed &= _check(problem, method, args)
         for case in args.cases or problem.targets:
-            results[f"{name} {case}"] = _time(problem, case, args)
-    if args.out:
-        timing.write(args.out / "outer-cpu.json", {**timing.describe("cpu"), "results": results})
+            result = _time(problem, case, args)
+            if args.out:
+                _keep(args.out / "outer-cpu.json", f"{name} {case}", result)
     return 0 if agreed else 1
 
 
@@ -85,6 +88,12 @@ def _time(problem: BenchmarkProblem, case: str, args: argparse.Namespace) -> dic
             result[method]["peak_mib"] = peak_memory(problem.name, case, method, threads=args.threads, smoke=args.smoke)
     _print(problem, case, result)
     return result
+
+
+def _keep(path: Path, key: str, result: dict[str, dict[str, float]]) -> None:
+    """Write a result into the file of all; each says what it was measured on."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    timing.write(path, {**known, key: {**timing.describe("cpu"), "methods": result}})
 
 
 def _print(problem: BenchmarkProblem, case: str, result: dict[str, dict[str, float]]) -> None:

@@ -22,8 +22,8 @@ namespace mlopt {
 constexpr int64_t kGlmAlign = 16;       // elements that S is a multiple of: one 64-byte vector of float, two of double
 constexpr int64_t kGlmMaxClasses = 32;  // above this a general matrix product does as well
 constexpr int64_t kGlmRowBlock = 32;    // rows whose products are finished before the next: they stay in L2 in between
-constexpr int64_t kGlmPrefetchBytes = int64_t(1)
-                                      << 19;  // what two such blocks may take of L2 (CPU; 1 MiB and more today)
+// What two such blocks may take of L2, of which CPUs have 1 MiB and more today.
+constexpr int64_t kGlmPrefetchBytes = int64_t(1) << 19;
 
 MLOPT_HD int64_t glm_stride(int64_t features, bool bias) {
   return (features + (bias ? 1 : 0) + kGlmAlign - 1) / kGlmAlign * kGlmAlign;

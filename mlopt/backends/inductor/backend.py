@@ -160,6 +160,7 @@ class InductorBackend(AbstractBackend):
     def _cut(self, module: fx.GraphModule) -> _Lowered:
         try:
             spec, plan = cut_interface(fuse_thin_products(module))
+            options = worker.options(spec)
         except UnsupportedGraphError as error:
             return _Lowered(error=str(error))
         except Exception as error:  # a graph of a kind never met must not stop the compilation
@@ -167,5 +168,4 @@ class InductorBackend(AbstractBackend):
             return _Lowered(error=f"{type(error).__name__}: {error}")
         if self._measure and any(x.device.type != "cpu" for x in spec.inputs):
             return _Lowered(error="backend='auto' compiles for CPUs only; backend='inductor' compiles for GPUs too")
-        options = worker.options(spec)
         return _Lowered(spec, plan, options, spec.digest(str(options), machine(), f"format {_FORMAT}"))
