@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+import sympy
 import torch
 from torch import fx, nn
 
@@ -19,7 +20,15 @@ from mlopt.backends.inductor import pool
 from mlopt.backends.inductor.cache import Entry
 from mlopt.backends.inductor.interface import Argument, Computed, Literal, Size, cut_interface
 from mlopt.backends.inductor.lowered import LoweredGraph
-from mlopt.backends.inductor.spec import UnsupportedGraphError
+from mlopt.backends.inductor.spec import (
+    GraphSpec,
+    InputSpec,
+    NodeSpec,
+    Ref,
+    SymbolSpec,
+    UnsupportedGraphError,
+    sympy_symbol,
+)
 from mlopt.backends.inductor.worker import Job, options
 from mlopt.errors import BackendWarning, VerificationWarning
 from tests.helpers import bilevel
@@ -497,8 +506,15 @@ def test_auto_is_inductor_where_it_can_be_used(monkeypatch):
         backends.get_backend("auto")
 
 
-def test_options_hold_the_number_of_threads():
-    assert dict(options())["cpp.threads"] == torch.get_num_threads()
+def test_options():
+    def of(size, num_nodes, device="cpu"):
+        one = InputSpec((sympy_symbol(0),), (sympy.Integer(1),), torch.float32, torch.device(device))
+        node = NodeSpec("op:aten.sin.default", (Ref(0),), ())
+        return dict(options(GraphSpec((SymbolSpec(size, 2, None),), (one,), (node,) * num_nodes, (1,))))
+
+    assert of(8, 1)["cpp.threads"] == torch.get_num_threads()
+    assert of(8, 200)["memory_planning"]
+    assert not any("memory_planning" in of(*few) for few in ((8, 1), (1 << 20, 200), (8, 200, "cuda")))
 
 
 @needs_compiler
