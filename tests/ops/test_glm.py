@@ -1,8 +1,11 @@
 """Every op of the family `glm` against its plain-torch reference and against autograd."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from mlopt import ops
 from mlopt.ops.reference import glm as reference
@@ -516,3 +519,24 @@ def test_native_checks_repeat_what_the_wrappers_check():
         torch.ops.mlopt.glm_hvp(c.x, c.v, None, "softmax", c.p.clone().requires_grad_(), None, None, None)
     with pytest.raises(RuntimeError, match=r"mlopt::glm_matmul: expected float32 or float64"):
         torch.ops.mlopt.glm_matmul(c.x.half(), c.w.half(), None)
+
+
+class ProductsInWorker(Dataset):
+    """Items that a product computes: the numbers of threads of the process before and after it."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        x, v = torch.randn(4096, 256), torch.randn(256, 8)
+        before = len(os.listdir("/proc/self/task"))
+        product = ops.glm_matmul(x, v)
+        torch.testing.assert_close(product, x @ v, rtol=1e-4, atol=1e-3)
+        return before, len(os.listdir("/proc/self/task")), torch.get_num_threads()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_no_more_threads_in_a_loader_worker():
+    (item,) = DataLoader(ProductsInWorker(), batch_size=None, num_workers=1)
+    before, after, num_threads = item
+    assert (after - before, num_threads) == (0, 1)
