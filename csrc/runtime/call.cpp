@@ -128,7 +128,7 @@ std::shared_ptr<Steps> Call::steps(const py::sequence& arguments,
   // An argument that is handed through may be one that is fed back.
   for (const Output& output : outputs_)
     if (output.kind == OutputKind::kArgument) return nullptr;
-  for (size_t k = 0; k < arguments_.size(); ++k) {  // not copies of them
+  for (size_t k = 0; k < arguments_.size(); ++k) {  // checked by `prepare`; not its copies
     const py::object argument = arguments[arguments_[k]];
     prepared->inputs[k] = tensor_of(argument);
   }

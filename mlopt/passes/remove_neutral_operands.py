@@ -42,7 +42,6 @@ _SAME_ELEMENTS = {
 _ADD = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 _MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 _COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
-_POWERS = {aten.pow.Tensor_Scalar}
 
 
 def remove_neutral_operands_pass(module: fx.GraphModule) -> fx.GraphModule:
@@ -79,7 +78,7 @@ def _constant_of(node: fx.Node, constants: dict[fx.Node, float]) -> float | None
         value = node.args[_FILLED_WITH[node.target]]
     elif node.target in _SAME_ELEMENTS:
         return constants.get(node.args[0])
-    elif node.target in _POWERS and _number(node.args[1], constants) == 0:
+    elif node.target is aten.pow.Tensor_Scalar and _number(node.args[1], constants) == 0:
         value = 1  # of NaN, too
     return value if isinstance(value, bool | int | float) and value in (0, 1) else None
 
@@ -92,13 +91,12 @@ def _kept_operand(node: fx.Node, constants: dict[fx.Node, float]) -> fx.Node | N
         neutral = 1
     else:
         return None
-    a, b, *more = node.args
-    alpha = node.kwargs.get("alpha", more[0] if more else 1)
     if set(node.kwargs) - {"alpha"}:
         return None
+    a, b, *_ = node.args  # a third is the alpha of add.Scalar: of no matter where b is 0
     if isinstance(a, fx.Node) and _number(b, constants) == neutral and _is_like(node, a):
         return a
-    if node.target in _COMMUTE and alpha == 1 and isinstance(b, fx.Node):
+    if node.target in _COMMUTE and not node.kwargs and isinstance(b, fx.Node):
         return b if _number(a, constants) == neutral and _is_like(node, b) else None
     return None
 

@@ -7,8 +7,6 @@ half of a step behind.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,6 +155,6 @@ class CompiledStep(LoweredUpdate):
 def _rows(schedule: Sequence[Sequence[float]], width: int) -> torch.Tensor:
     """Return rows of numbers as a tensor, of stride 0 where all of them are equal, as they often are."""
     count, first = len(schedule), schedule[0]
-    if all(map(operator.is_, schedule, itertools.repeat(first))) or all(row == first for row in schedule):
+    if schedule.count(first) == count:
         return torch.tensor([first], dtype=torch.float64).expand(count, width)
     return torch.tensor(schedule, dtype=torch.float64).reshape(count, width)
