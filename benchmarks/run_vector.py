@@ -59,6 +59,7 @@ def measure(n: int, device: str, repeats: int) -> dict[str, object]:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         x, r, p, ap, _ = case(n, device)
         step, out = torch.ones((), device=device), torch.empty(n, device=device)
+        compiled_cg_step = torch.compile(torch_cg_step, backend="eager" if repeats < 5 else "inductor")
         solve = case(n, device)
 
         vectors = {  # vector passes over memory that each op needs at least
@@ -72,6 +73,7 @@ def measure(n: int, device: str, repeats: int) -> dict[str, object]:
             "cg_step": lambda: ops.cg_step_(*solve),
             "cg_step, torch in place": lambda: torch_cg_step(*solve),
             "cg_step, torch allocating": lambda: allocating_cg_step(*solve),
+            "cg_step, torch.compile": lambda: compiled_cg_step(*solve),
             "neumann_step": lambda: ops.neumann_step_(x, r, ap, 1e-9),
             "neumann_step, torch in place": lambda: (x.sub_(ap, alpha=1e-9), r.add_(x)),
             "dot": lambda: ops.dot(p, ap),

@@ -18,6 +18,11 @@ import torch
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what sums over numbers of a dtype are computed in: float32 for the half types, else the dtype."""
+    return torch.float32 if dtype in PRECISIONS.values() else dtype
+
+
 def autocast(precision: str | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which a problem's forward is evaluated; it does nothing for None.
 

@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[1] / "mlopt"
 # package or module of mlopt -> what it may import of mlopt besides itself
 ALLOWED = {
     "errors": set(),
-    "ops": set(),
+    "ops": {"precision"},
     "linalg": {"ops"},
     "hypergradient": {"linalg"},
     "precision": set(),
     "problem": {"errors", "hypergradient", "precision"},  # hypergradient for annotations only
     "capture": {"errors", "passes", "precision", "problem"},
-    "passes": set(),
+    "passes": {"precision"},
     "autodiff": {"capture", "errors", "passes", "precision"},
     "drawing": {"graph", "planner"},  # for annotations only
     "graph": {"drawing", "errors", "problem"},

@@ -63,6 +63,13 @@ enum GlmFunction : int {
   kGlmBlock = 7          // u_c <- s sum_k B_ck u_k
 };
 
+// How the elements of X are stored.
+enum GlmStorage : int {
+  kGlmWide = 0,  // as T
+  kGlmFloat16 = 1,
+  kGlmBFloat16 = 2
+};
+
 template <typename T>
 struct GlmRows {
   GlmFunction function;
@@ -75,7 +82,7 @@ struct GlmRows {
 // One sweep. `forward` computes U = X V (else U is read from z), `backward` computes out = X^T f(U) + diagonal * v.
 template <typename T>
 struct GlmProduct {
-  const T* x;         // [T, n, D]
+  const void* x;      // [T, n, D], stored as `storage` says: on CPU as T; on CUDA, for T = float, also as halves
   const T* v;         // packed [T, K, C, S]
   const T* diagonal;  // packed [T, C, S], or nullptr
   T* out;             // packed [T, K, C, S]
@@ -85,6 +92,7 @@ struct GlmProduct {
   GlmRows<T> rows_function;
   int64_t tasks, rows, features, classes, rhs, chunk_rows;
   bool bias, forward, backward;
+  GlmStorage storage;
 
   MLOPT_HD int64_t columns() const { return rhs * classes; }
   MLOPT_HD int64_t stride() const { return glm_stride(features, bias); }

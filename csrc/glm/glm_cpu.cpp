@@ -63,7 +63,7 @@ struct Sweep {
     const int64_t end = std::min(q.rows, (chunk + 1) * q.chunk_rows);
     for (int64_t begin = chunk * q.chunk_rows; begin < end; begin += kGlmRowBlock) {
       const int64_t count = std::min(kGlmRowBlock, end - begin);
-      const T* x = q.x + (task * q.rows + begin) * q.features;
+      const T* x = static_cast<const T*>(q.x) + (task * q.rows + begin) * q.features;
       fill(task, x, begin, count, u);
       if (!q.backward) {
         for (int64_t i = 0; i < count; ++i)

@@ -4,6 +4,9 @@
 // compute U, one thread per row applies f, and all threads add X^T f(U) to the chunk's sum; the rows' second read comes
 // from the caches. A second kernel adds the chunks in order. No atomics, no synchronization with the host, nothing that
 // a CUDA graph could not capture.
+#include <type_traits>
+
+#include "../common/half.h"
 #include "../common/launch.cuh"
 #include "glm.h"
 
@@ -24,8 +27,9 @@ inline dim3 glm_grid(int64_t blocks, int64_t tasks) {
   return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tasks < kMostTasks ? tasks : kMostTasks));
 }
 
-// A block's view of its chunk and of the right-hand sides [first_rhs, first_rhs + num_rhs) of its task.
-template <typename T>
+// A block's view of its chunk and of the right-hand sides [first_rhs, first_rhs + num_rhs) of its task. X is stored as
+// Stored: what is bound by the bytes of X takes half the time where those are halves.
+template <typename T, typename Stored>
 struct Chunk {
   const GlmProduct<T>& q;
   int64_t task, begin, count;  // rows of the current row block, within the task
@@ -33,7 +37,9 @@ struct Chunk {
   T* acc;  // the chunk's sum, for all columns
 
   __device__ int64_t width() const { return num_rhs * q.classes; }
-  __device__ const T* x(int64_t row) const { return q.x + (task * q.rows + begin + row) * q.features; }
+  __device__ const Stored* x(int64_t row) const {
+    return static_cast<const Stored*>(q.x) + (task * q.rows + begin + row) * q.features;
+  }
   __device__ const T* v() const { return q.v + (task * q.rhs + first_rhs) * q.classes * q.stride(); }
   __device__ T* outside(int64_t row, int64_t rhs) const {  // U of one row outside of the sweep
     return q.z + ((task * q.rhs + first_rhs + rhs) * q.rows + begin + row) * q.classes;
@@ -42,11 +48,11 @@ struct Chunk {
 
 // u = X V. Every warp has kRowsPerWarp rows; its lanes run over features. Rows and columns past the end are computed
 // from the last one and not written, so that all lanes meet at every shuffle.
-template <typename T>
-__device__ void forward_block(const Chunk<T>& chunk, T* u) {
+template <typename T, typename Stored>
+__device__ void forward_block(const Chunk<T, Stored>& chunk, T* u) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t stride = chunk.q.stride(), features = chunk.q.features, width = chunk.width();
-  const T* rows[kRowsPerWarp];
+  const Stored* rows[kRowsPerWarp];
   for (int i = 0; i < kRowsPerWarp; ++i) {
     const int64_t row = warp * kRowsPerWarp + i;
     rows[i] = chunk.x(row < chunk.count ? row : chunk.count - 1);
@@ -57,7 +63,7 @@ __device__ void forward_block(const Chunk<T>& chunk, T* u) {
     T sums[kRowsPerWarp][kGroup] = {};
     for (int64_t d = lane; d < features; d += kWarp) {
       T x[kRowsPerWarp];
-      for (int i = 0; i < kRowsPerWarp; ++i) x[i] = rows[i][d];
+      for (int i = 0; i < kRowsPerWarp; ++i) x[i] = widened(rows[i][d]);
       for (int c = 0; c < kGroup; ++c) {
         const T v = columns[c][d];
         for (int i = 0; i < kRowsPerWarp; ++i) sums[i][c] += x[i] * v;
@@ -74,15 +80,15 @@ __device__ void forward_block(const Chunk<T>& chunk, T* u) {
 }
 
 // acc += X^T u. A thread owns features, for all rows of the block: no two threads add to one element.
-template <typename T>
-__device__ void backward_block(const Chunk<T>& chunk, const T* u) {
+template <typename T, typename Stored>
+__device__ void backward_block(const Chunk<T, Stored>& chunk, const T* u) {
   const int64_t stride = chunk.q.stride(), features = chunk.q.features, width = chunk.width();
   T* acc = chunk.acc + chunk.first_rhs * chunk.q.classes * stride;
   for (int64_t d = threadIdx.x; d < features; d += kThreads)
     for (int64_t first = 0; first < width; first += kBackwardGroup) {
       T sums[kBackwardGroup] = {};
       for (int64_t i = 0; i < chunk.count; ++i) {
-        const T x = chunk.x(i)[d];
+        const T x = widened(chunk.x(i)[d]);
         for (int c = 0; c < kBackwardGroup; ++c) sums[c] += x * u[i * kColumns + first + c];
       }
       for (int c = 0; c < kBackwardGroup; ++c)
@@ -96,7 +102,7 @@ __device__ void backward_block(const Chunk<T>& chunk, const T* u) {
   }
 }
 
-template <typename T>
+template <typename T, typename Stored>
 __global__ void glm_sweep_kernel(GlmProduct<T> q) {
   __shared__ T u[kGlmRowBlock * kColumns];
   const int64_t columns = q.columns(), chunks = q.num_chunks();
@@ -114,7 +120,7 @@ __global__ void glm_sweep_kernel(GlmProduct<T> q) {
     for (int64_t begin = first_row; begin < end; begin += kGlmRowBlock)
       for (int64_t rhs = 0; rhs < q.rhs; rhs += per_pass) {
         const int64_t count = end - begin < kGlmRowBlock ? end - begin : kGlmRowBlock;
-        const Chunk<T> chunk{q, task, begin, count, rhs, q.rhs - rhs < per_pass ? q.rhs - rhs : per_pass, acc};
+        const Chunk<T, Stored> chunk{q, task, begin, count, rhs, q.rhs - rhs < per_pass ? q.rhs - rhs : per_pass, acc};
         if (q.forward) forward_block(chunk, u);
         __syncthreads();
         for (int64_t k = threadIdx.x; k < count * chunk.num_rhs; k += kThreads) {
@@ -179,9 +185,18 @@ __global__ void glm_descent_kernel(GlmDescent<T> q, int64_t step) {
   }
 }
 
+template <typename T, typename Stored>
+void launch_sweep(const GlmProduct<T>& q, mlopt_stream stream) {
+  MLOPT_LAUNCH((glm_sweep_kernel<T, Stored>), glm_grid(q.num_chunks(), q.tasks), dim3(kThreads), stream, q);
+}
+
 template <typename T>
 void launch_product(const GlmProduct<T>& q, mlopt_stream stream) {
-  MLOPT_LAUNCH(glm_sweep_kernel<T>, glm_grid(q.num_chunks(), q.tasks), dim3(kThreads), stream, q);
+  if (q.storage == kGlmWide) launch_sweep<T, T>(q, stream);
+  if constexpr (std::is_same_v<T, float>) {
+    if (q.storage == kGlmFloat16) launch_sweep<T, Float16>(q, stream);
+    if (q.storage == kGlmBFloat16) launch_sweep<T, BFloat16>(q, stream);
+  }
   if (!q.backward) return;
   const int64_t size = q.columns() * q.stride();
   MLOPT_LAUNCH(glm_reduce_kernel<T>, glm_grid((size + kThreads - 1) / kThreads, q.tasks), dim3(kThreads), stream, q);

@@ -19,10 +19,10 @@ using Two = std::tuple<at::Tensor, at::Tensor>;
 at::Tensor glm_matmul(const at::Tensor& x, const at::Tensor& w, const Optional& bias) {
   const char* op = "mlopt::glm_matmul";
   const Sizes s = sizes_of(op, x, w, bias.has_value());
-  check_optional(op, "bias", bias, s.shape(true, {s.classes}), x);
+  check_optional(op, "bias", bias, s.shape(true, {s.classes}), s.options);
   Operands o(s, x);
-  o.v = pack(s, w, bias, x, s.rhs);
-  o.z = at::empty(s.shape(true, {s.rows, s.classes}), x.options());
+  o.v = pack(s, w, bias, s.rhs);
+  o.z = at::empty(s.shape(true, {s.rows, s.classes}), s.options);
   o.backward = false;
   o.multiply(op);
   return o.z;
@@ -33,7 +33,7 @@ Two glm_matmul_t(const at::Tensor& x, const at::Tensor& r, bool bias) {
   const Sizes s = sizes_of(op, x, r, bias, true);
   Operands o(s, x);
   o.z = r.contiguous();
-  o.out = at::empty({s.tasks, s.rhs, s.classes, s.stride()}, x.options());
+  o.out = at::empty({s.tasks, s.rhs, s.classes, s.stride()}, s.options);
   o.forward = false;
   o.multiply(op);
   return {unpack(s, o.out), unpack_bias(s, o.out)};
@@ -44,12 +44,12 @@ Operands curvature_operands(const char* op, const at::Tensor& x, const at::Tenso
                             std::string_view kind, const at::Tensor& curvature, const Optional& weights,
                             const Optional& reg, const Optional& reg_bias, double damping) {
   const Sizes s = sizes_of(op, x, v, v_bias.has_value());
-  check_optional(op, "v_bias", v_bias, s.shape(true, {s.classes}), x);
+  check_optional(op, "v_bias", v_bias, s.shape(true, {s.classes}), s.options);
   Operands o(s, x);
   o.set_curvature(op, kind, curvature, weights);
   o.set_diagonal(op, reg, reg_bias, damping);
-  o.v = pack(s, v, v_bias, x, s.rhs);
-  o.out = at::empty(o.v.sizes(), x.options());
+  o.v = pack(s, v, v_bias, s.rhs);
+  o.out = at::empty(o.v.sizes(), s.options);
   return o;
 }
 
@@ -68,12 +68,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> glm_gradient(const at
   const char* op = "mlopt::glm_gradient";
   const Sizes s = sizes_of(op, x, w, bias.has_value());
   TORCH_CHECK(!s.several, op, ": expected w with one set of parameters per task, got ", w.sizes());
-  check_optional(op, "bias", bias, s.shape(true, {s.classes}), x);
+  check_optional(op, "bias", bias, s.shape(true, {s.classes}), s.options);
   Operands o(s, x);
   o.set_loss(op, loss, targets, weights);
-  o.v = pack(s, w, bias, x, 1);
-  o.out = at::empty(o.v.sizes(), x.options());
-  o.z = at::empty(s.shape(false, {s.rows, s.classes}), x.options());
+  o.v = pack(s, w, bias, 1);
+  o.out = at::empty(o.v.sizes(), s.options);
+  o.z = at::empty(s.shape(false, {s.rows, s.classes}), s.options);
   o.multiply(op);
   return {o.losses.view(s.shape(false, {})), unpack(s, o.out), unpack_bias(s, o.out), o.z};
 }
@@ -90,12 +90,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg(const at::Tensor& x, const
   Operands o = curvature_operands(op, x, b, b_bias, kind, curvature, weights, reg, reg_bias, damping);
   const Sizes& s = o.s;
   TORCH_CHECK(rtol >= 0 && max_steps >= 0, op, ": expected rtol >= 0 and max_steps >= 0, got ", rtol, ", ", max_steps);
-  check_optional(op, "q0", q0, b.sizes(), x);
-  check_optional(op, "q0_bias", q0_bias, s.shape(true, {s.classes}), x);
-  at::Tensor q = at::zeros(o.v.sizes(), x.options()), r = o.v.clone(), p = o.v;
+  check_optional(op, "q0", q0, b.sizes(), s.options);
+  check_optional(op, "q0_bias", q0_bias, s.shape(true, {s.classes}), s.options);
+  at::Tensor q = at::zeros(o.v.sizes(), s.options), r = o.v.clone(), p = o.v;
   const at::Tensor size2 = norms2(r);
   if (q0) {  // where it is the worse start, or not finite, zero is taken
-    o.v = pack(s, q0, q0_bias, x, s.rhs);
+    o.v = pack(s, q0, q0_bias, s.rhs);
     o.multiply(op);
     const at::Tensor residual = r.sub(o.out), good = norms2(residual).le(size2).unsqueeze(-1).unsqueeze(-1);
     q = at::where(good, o.v, q).contiguous();
@@ -103,13 +103,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg(const at::Tensor& x, const
     p = r.clone();
     o.v = p;
   }
-  at::Tensor state = at::zeros({s.tasks, s.rhs, int64_t(kNumColumns)}, x.options());
+  at::Tensor state = at::zeros({s.tasks, s.rhs, int64_t(kNumColumns)}, s.options);
   const at::Tensor rr = norms2(r), tolerance2 = size2.mul(rtol * rtol);
   state.select(2, kRR).copy_(rr);
   state.select(2, kTolerance2).copy_(tolerance2);
   state.select(2, kStatus).copy_(rr.le(tolerance2));  // kConverged is 1
-  at::Tensor partials = at::empty({2, s.tasks * s.rhs * num_blocks(s.classes * s.stride())}, x.options());
-  with_dtype(op, x, [&](auto zero) {
+  at::Tensor partials = at::empty({2, s.tasks * s.rhs * num_blocks(s.classes * s.stride())}, s.options);
+  with_dtype(op, o.partials, [&](auto zero) {
     using T = decltype(zero);
     T* first = partials.mutable_data_ptr<T>();
     const GlmCg<T> params{o.product<T>(),
@@ -135,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_neumann(const at::Tensor& x, 
   TORCH_CHECK(num_terms >= 1, op, ": expected num_terms >= 1, got ", num_terms);
   at::Tensor acc = o.v.clone();
   const at::Tensor start = norms2(acc);
-  with_dtype(op, x, [&](auto zero) {
+  with_dtype(op, o.partials, [&](auto zero) {
     using T = decltype(zero);
     const GlmNeumann<T> params{o.product<T>(), o.v.mutable_data_ptr<T>(), acc.mutable_data_ptr<T>(),
                                static_cast<T>(scale), num_terms};
@@ -154,17 +154,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> glm_gd(
   const Sizes s = sizes_of(op, x, w, bias.has_value());
   TORCH_CHECK(!s.several, op, ": expected w with one set of parameters per task, got ", w.sizes());
   TORCH_CHECK(num_steps >= 0, op, ": expected num_steps >= 0, got ", num_steps);
-  check_optional(op, "bias", bias, s.shape(true, {s.classes}), x);
-  check_optional(op, "velocity", velocity, w.sizes(), x);
-  check_optional(op, "velocity_bias", velocity_bias, s.shape(true, {s.classes}), x);
+  check_optional(op, "bias", bias, s.shape(true, {s.classes}), s.options);
+  check_optional(op, "velocity", velocity, w.sizes(), s.options);
+  check_optional(op, "velocity_bias", velocity_bias, s.shape(true, {s.classes}), s.options);
   Operands o(s, x);
   o.set_loss(op, loss, targets, weights);
   o.set_diagonal(op, reg, reg_bias, 0);
-  o.v = pack(s, w, bias, x, 1);
-  o.out = at::empty(o.v.sizes(), x.options());
-  at::Tensor moving = pack(s, velocity, velocity_bias, x, 1);
-  at::Tensor losses = at::empty({num_steps, s.tasks}, x.options());
-  with_dtype(op, x, [&](auto zero) {
+  o.v = pack(s, w, bias, 1);
+  o.out = at::empty(o.v.sizes(), s.options);
+  at::Tensor moving = pack(s, velocity, velocity_bias, 1);
+  at::Tensor losses = at::empty({num_steps, s.tasks}, s.options);
+  with_dtype(op, o.partials, [&](auto zero) {
     using T = decltype(zero);
     const GlmDescent<T> params{o.product<T>(),
                                o.v.mutable_data_ptr<T>(),

@@ -1,6 +1,7 @@
 // Between tensors and the kernels of the family `glm`: checks, packing (see glm.h), workspaces.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -19,6 +20,7 @@ using Optional = std::optional<at::Tensor>;
 struct Sizes {
   int64_t tasks = 1, rhs = 1, rows, features, classes;
   bool batched, several, bias;
+  at::TensorOptions options;  // of everything but X: the device and what is computed with
 
   int64_t stride() const { return glm_stride(features, bias); }
   at::IntArrayRef lead(int64_t (&sizes)[2], bool with_rhs) const {
@@ -36,11 +38,17 @@ struct Sizes {
   }
 };
 
+// What products with X are computed with, and the device.
+inline at::TensorOptions options_for(const at::Tensor& x) {
+  return x.options().dtype(at::toOpMathType(x.scalar_type()));
+}
+
 inline void check(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
-                  const at::Tensor& x, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == dtype && tensor.device() == x.device(), op,
-              ": expected ", name, " of shape ", shape, ", ", dtype, ", on ", x.device(), ", got ", tensor.sizes(),
-              ", ", tensor.scalar_type(), ", on ", tensor.device());
+                  const at::TensorOptions& options) {
+  const auto dtype = at::typeMetaToScalarType(options.dtype());
+  TORCH_CHECK(tensor.sizes() == shape && tensor.scalar_type() == dtype && tensor.device() == options.device(), op,
+              ": expected ", name, " of shape ", shape, ", ", dtype, ", on ", options.device(), ", got ",
+              tensor.sizes(), ", ", tensor.scalar_type(), ", on ", tensor.device());
 }
 
 // `parameters` is [T?, K?, D, C], or with `products` the matrix of products [T?, K?, n, C].
@@ -61,19 +69,20 @@ inline Sizes sizes_of(const char* op, const at::Tensor& x, const at::Tensor& par
   if (s.several) s.rhs = parameters.size(s.batched ? 1 : 0);
   TORCH_CHECK(s.classes >= 1 && s.classes <= kGlmMaxClasses, op, ": expected 1 to ", kGlmMaxClasses, " classes, got ",
               s.classes);
-  check(op, products ? "r" : "parameters", parameters, s.shape(true, {products ? s.rows : s.features, s.classes}), x,
-        x.scalar_type());
+  s.options = options_for(x);
+  check(op, products ? "r" : "parameters", parameters, s.shape(true, {products ? s.rows : s.features, s.classes}),
+        s.options);
   return s;
 }
 
 inline void check_optional(const char* op, const char* name, const Optional& tensor, at::IntArrayRef shape,
-                           const at::Tensor& x) {
-  if (tensor) check(op, name, *tensor, shape, x, x.scalar_type());
+                           const at::TensorOptions& options) {
+  if (tensor) check(op, name, *tensor, shape, options);
 }
 
 // [T?, K?, D, C] and [T?, K?, C] -> packed [T, K, C, S]; what is not given is zero.
-inline at::Tensor pack(const Sizes& s, const Optional& w, const Optional& bias, const at::Tensor& like, int64_t rhs) {
-  at::Tensor packed = at::zeros({s.tasks, rhs, s.classes, s.stride()}, like.options());
+inline at::Tensor pack(const Sizes& s, const Optional& w, const Optional& bias, int64_t rhs) {
+  at::Tensor packed = at::zeros({s.tasks, rhs, s.classes, s.stride()}, s.options);
   if (w) packed.narrow(3, 0, s.features).copy_(w->reshape({s.tasks, rhs, s.features, s.classes}).transpose(2, 3));
   if (bias && s.bias) packed.select(3, s.features).copy_(bias->reshape({s.tasks, rhs, s.classes}));
   return packed;
@@ -99,11 +108,12 @@ struct Operands {
   int64_t chunk_rows;
   bool forward = true, backward = true;
 
-  Operands(const Sizes& sizes, const at::Tensor& x_) : s(sizes), x(x_.contiguous()) {
+  Operands(const Sizes& sizes, const at::Tensor& x_)
+      : s(sizes), x((x_.is_cpu() ? x_.to(sizes.options.dtype()) : x_).contiguous()) {  // see GlmProduct::x
     const int64_t columns = s.rhs * s.classes;
     chunk_rows = (x.is_cpu() ? glm_chunk_rows_cpu : glm_chunk_rows_cuda)(s.rows, s.features, columns);
     partials =
-        at::empty({s.tasks * glm_num_chunks(s.rows, chunk_rows) * glm_partial_size(columns, s.stride())}, x.options());
+        at::empty({s.tasks * glm_num_chunks(s.rows, chunk_rows) * glm_partial_size(columns, s.stride())}, s.options);
   }
 
   // H = X^T f X + reg + damping; the diagonal is packed.
@@ -114,16 +124,16 @@ struct Operands {
     if (function == kGlmDiagonal && curvature.dim() == x.dim() - 1) shape = s.shape(false, {rows});
     if (function == kGlmRankOne) shape = s.shape(false, {rows, 3, classes});
     if (function == kGlmBlock) shape = s.shape(false, {rows, classes, classes});
-    check(op, "curvature", curvature, shape, x, x.scalar_type());
+    check(op, "curvature", curvature, shape, s.options);
     values = curvature.contiguous();
     set_weights(op, weights_);
   }
 
   void set_diagonal(const char* op, const Optional& reg, const Optional& reg_bias, double damping) {
-    check_optional(op, "reg", reg, s.shape(false, {s.features, s.classes}), x);
-    check_optional(op, "reg_bias", reg_bias, s.shape(false, {s.classes}), x);
+    check_optional(op, "reg", reg, s.shape(false, {s.features, s.classes}), s.options);
+    check_optional(op, "reg_bias", reg_bias, s.shape(false, {s.classes}), s.options);
     if (!reg && !reg_bias && damping == 0) return;
-    diagonal = pack(s, reg, reg_bias, x, 1);
+    diagonal = pack(s, reg, reg_bias, 1);
     if (damping != 0) diagonal.add_(damping);
   }
 
@@ -132,7 +142,7 @@ struct Operands {
                 loss, "\"");
     if (loss == "softmax" && targets.scalar_type() == at::kLong) {
       function = kGlmSoftmaxIndex;
-      check(op, "targets", targets, s.shape(false, {s.rows}), x, at::kLong);
+      check(op, "targets", targets, s.shape(false, {s.rows}), s.options.dtype(at::kLong));
       labels = targets.contiguous();
       if (x.is_cpu()) {  // elsewhere a look would wait for the device; a label out of range makes NaN there
         const int64_t* label = labels.const_data_ptr<int64_t>();
@@ -142,11 +152,11 @@ struct Operands {
       }
     } else {
       function = loss == "softmax" ? kGlmSoftmaxDense : kGlmLogistic;
-      check(op, "targets", targets, s.shape(false, {s.rows, s.classes}), x, x.scalar_type());
+      check(op, "targets", targets, s.shape(false, {s.rows, s.classes}), s.options);
       values = targets.contiguous();
     }
     set_weights(op, weights_);
-    losses = at::empty({s.tasks}, x.options());
+    losses = at::empty({s.tasks}, s.options);
   }
 
   template <typename T>
@@ -154,7 +164,8 @@ struct Operands {
     const auto read = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
     const auto write = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
     GlmProduct<T> q{};
-    q.x = read(x);
+    q.x = x.const_data_ptr();
+    q.storage = x.scalar_type() == at::kHalf ? kGlmFloat16 : x.scalar_type() == at::kBFloat16 ? kGlmBFloat16 : kGlmWide;
     q.v = read(v);
     q.diagonal = read(diagonal);
     q.out = write(out);
@@ -177,7 +188,7 @@ struct Operands {
   }
 
   void multiply(const char* op) {
-    with_dtype(op, x, [&](auto zero) {
+    with_dtype(op, partials, [&](auto zero) {
       using T = decltype(zero);
       run(op, x, product<T>(), glm_product_cpu<T>, MLOPT_CUDA(glm_product_cuda<T>));
     });
@@ -194,7 +205,7 @@ struct Operands {
   }
 
   void set_weights(const char* op, const Optional& weights_) {
-    check_optional(op, "weights", weights_, s.shape(false, {s.rows}), x);
+    check_optional(op, "weights", weights_, s.shape(false, {s.rows}), s.options);
     if (weights_) weights = weights_->contiguous();
   }
 };

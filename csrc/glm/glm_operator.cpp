@@ -16,6 +16,7 @@ glm::Sizes sizes_for(const at::Tensor& x, int64_t classes, int64_t rhs, bool bia
   s.batched = x.dim() == 3;
   s.several = true;
   s.bias = bias;
+  s.options = glm::options_for(x);
   s.tasks = s.batched ? x.size(0) : 1;
   s.rhs = rhs;
   s.rows = x.size(-2);
@@ -28,7 +29,7 @@ glm::Sizes sizes_for(const at::Tensor& x, int64_t classes, int64_t rhs, bool bia
 
 GlmOperator::GlmOperator(const at::Tensor& x, const std::string& kind, const at::Tensor& curvature,
                          const at::Tensor& positions, int64_t size, bool bias, std::optional<at::Tensor> diagonal)
-    : x_(x.contiguous()),
+    : x_(x.is_cpu() ? x.to(glm::options_for(x).dtype()).contiguous() : x.contiguous()),  // see GlmProduct::x
       curvature_(curvature.contiguous()),
       positions_(positions.contiguous()),
       diagonal_(diagonal ? diagonal->contiguous() : at::Tensor()),
@@ -56,7 +57,7 @@ GlmOperator::GlmOperator(const at::Tensor& x, const std::string& kind, const at:
     at::DimVector shape;
     if (x.dim() == 3) shape.push_back(x.size(0));
     shape.push_back(size);
-    glm::check(kName, "diagonal", diagonal_, shape, x_, x_.scalar_type());
+    glm::check(kName, "diagonal", diagonal_, shape, glm::options_for(x_));
   }
   operands(1);  // checks kind and curvature
 }
@@ -65,20 +66,20 @@ glm::Operands& GlmOperator::operands(int64_t rhs) {
   if (operands_ && operands_->s.rhs == rhs) return *operands_;
   glm::Operands& o = operands_.emplace(sizes_for(x_, positions_.size(0), rhs, bias_), x_);
   o.set_curvature(kName, kind_, curvature_, std::nullopt);
-  o.v = at::zeros({o.s.tasks, rhs, o.s.classes, o.s.stride()}, x_.options());
+  o.v = at::zeros({o.s.tasks, rhs, o.s.classes, o.s.stride()}, o.s.options);
   o.out = at::empty_like(o.v);
   return o;
 }
 
 at::Tensor GlmOperator::apply(const at::Tensor& vector) {
   TORCH_CHECK(x_.dim() == 2, kName, ": expected vectors of ", x_.size(0), " maps, got one vector");
-  glm::check(kName, "vector", vector, {size_}, x_, x_.scalar_type());
+  glm::check(kName, "vector", vector, {size_}, glm::options_for(x_));
   return multiply(vector.view({1, 1, size_})).view({size_});
 }
 
 at::Tensor GlmOperator::apply_rows(const at::Tensor& rows) {
   const bool tasks = x_.dim() == 3;
-  glm::check(kName, "rows", rows, {tasks ? x_.size(0) : rows.size(0), size_}, x_, x_.scalar_type());
+  glm::check(kName, "rows", rows, {tasks ? x_.size(0) : rows.size(0), size_}, glm::options_for(x_));
   const int64_t count = rows.size(0);
   if (count == 0) return at::empty_like(rows);
   return multiply(rows.reshape({tasks ? count : 1, tasks ? 1 : count, size_})).view({count, size_});

@@ -13,9 +13,9 @@ namespace mlopt {
 // map, or with x of shape [T, n, D] for T maps side by side.
 class GlmOperator final : public LinearOperator {
  public:
-  // x: [T?, n, D]. kind, curvature: f, see mlopt/ops/glm.py. positions: int64 [C, D] or, with a bias, [C, D + 1]: where
-  // each weight, and the bias of its class, lies in the vector; -1 for a bias that is not there. Each position appears
-  // once. size: N. diagonal: [T?, N].
+  // x: [T?, n, D], of the vectors' dtype or, with float32 vectors, of a half type. kind, curvature: f, see
+  // mlopt/ops/glm.py. positions: int64 [C, D] or, with a bias, [C, D + 1]: where each weight, and the bias of its
+  // class, lies in the vector; -1 for a bias that is not there. Each position appears once. size: N. diagonal: [T?, N].
   GlmOperator(const at::Tensor& x, const std::string& kind, const at::Tensor& curvature, const at::Tensor& positions,
               int64_t size, bool bias, std::optional<at::Tensor> diagonal);
 

@@ -72,7 +72,7 @@ struct GlmCase {
             z.data(), losses.data(), partials.data(), {function, values.data(), weights.data(), labels.data(), false},
             s.tasks,  s.rows,        s.features,      s.classes,
             s.rhs,    chunk_rows,    s.bias,          true,
-            true};
+            true,     kGlmWide};
   }
 
   GlmCg<T> cg(int64_t max_steps, std::vector<T>& q) {

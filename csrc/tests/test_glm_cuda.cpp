@@ -41,6 +41,32 @@ void test_product(const GlmShape& shape, int64_t chunk_rows) {
   }
 }
 
+// Products with an X of halves are, to the bit, those with the floats that they stand for.
+template <typename Stored>
+void test_halves(GlmStorage storage) {
+  const GlmShape shape{2, 2, 40, 9, 3, true};
+  GlmCase<float> expected(shape, 32), got(shape, 32);
+  std::vector<Stored> halves(expected.x.size());
+  for (size_t k = 0; k < halves.size(); ++k) {
+    halves[k].bits = static_cast<uint16_t>(k * 2477 % 0x3c01 | (k % 2 << 15));  // up to 1, and subnormal ones
+    expected.x[k] = widened(halves[k]);
+  }
+  auto wide = expected.product(kGlmSoftmax), narrow = got.product(kGlmSoftmax);
+  narrow.x = halves.data();
+  narrow.storage = storage;
+  CHECK(glm_product_cuda(wide, nullptr) == nullptr && glm_product_cuda(narrow, nullptr) == nullptr);
+  CHECK(got.out == expected.out);
+}
+
+void test_widening() {
+  const auto f16 = [](uint16_t bits) { return widened(Float16{bits}); };
+  CHECK(f16(0x3c00) == 1.0f && f16(0xc000) == -2.0f && f16(0x7bff) == 65504.0f && f16(0x3555) == 0.333251953125f);
+  CHECK(f16(0x0001) == 0x1p-24f && f16(0x83ff) == -0x3ffp-24f && f16(0x8000) == 0.0f && std::signbit(f16(0x8000)));
+  CHECK(f16(0xfc00) == -INFINITY && std::isnan(f16(0x7e01)));
+  const auto bf16 = [](uint16_t bits) { return widened(BFloat16{bits}); };
+  CHECK(bf16(0x3f80) == 1.0f && bf16(0xc049) == -3.140625f && bf16(0x7f80) == INFINITY && std::isnan(bf16(0x7fc1)));
+}
+
 template <typename T>
 void test_loops() {
   const GlmShape several{2, 2, 40, 9, 3, true}, one{2, 1, 40, 9, 3, true};
@@ -89,5 +115,8 @@ void run() {
 int main() {
   mlopt::testing::run<float>();
   mlopt::testing::run<double>();
+  mlopt::testing::test_widening();
+  mlopt::testing::test_halves<mlopt::Float16>(mlopt::kGlmFloat16);
+  mlopt::testing::test_halves<mlopt::BFloat16>(mlopt::kGlmBFloat16);
   std::puts("glm, CUDA kernels under emulation: ok");
 }

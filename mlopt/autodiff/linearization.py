@@ -34,7 +34,10 @@ from mlopt.autodiff.split import dependents, residuals_of
 from mlopt.autodiff.trace import Outputs, TracedGraph, trace
 from mlopt.capture.record import InputRole, LossGraph
 from mlopt.passes import extract, run_default_passes
-from mlopt.passes.glm import find_glm
+from mlopt.passes.glm import find_glm, is_widened
+
+# Where kernels read an X of a half type as it is; elsewhere they widen it first, and so may the loss.
+_READS_HALVES = {"cuda"}
 
 
 @dataclasses.dataclass
@@ -164,9 +167,11 @@ def _cut(
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]
     tangent = dependents(vector)
     residuals = residuals_of(outputs, tangent)
-    kernel = hvp and find_glm(extract(traced.module, [*residuals, vector], outputs[:1])) is not None
-    if not kernel:  # which reads what it needs once, and finds its structure in the plain split only
+    kernel = find_glm(extract(traced.module, [*residuals, vector], outputs[:1])) if hvp else None
+    if kernel is None:
         residuals = choose_residuals(outputs, tangent, split)
+    else:  # it reads what it needs once, and finds its structure in the plain split only
+        residuals = _with_matrix_as_stored(residuals, kernel.x)
     primal = extract(traced.module, inputs, residuals, keep_random=True)
     halves: dict[str, fx.GraphModule | None] = {}
     num_recomputed = 0
@@ -177,10 +182,21 @@ def _cut(
         traced,
         primal,
         halves["hvp"],
-        over_rows(halves["hvp"], hvps_at_once) if halves["hvp"] is not None and hvps_at_once and not kernel else None,
+        over_rows(halves["hvp"], hvps_at_once)
+        if halves["hvp"] is not None and hvps_at_once and kernel is None
+        else None,
         halves["mixed"],
         targets,
         len(residuals),
         total_bytes(residuals),
         num_recomputed,
     )
+
+
+def _with_matrix_as_stored(residuals: list[fx.Node], x: int) -> list[fx.Node]:
+    """Hand X over as the halves that it is stored as, where the kernel reads those: it is bound by the bytes of X."""
+    matrix = residuals[x]
+    if not is_widened(matrix) or matrix.meta["val"].device.type not in _READS_HALVES:
+        return residuals
+    wanted = {*residuals, matrix.args[0]} - {matrix}
+    return [n for n in matrix.graph.nodes if n in wanted]

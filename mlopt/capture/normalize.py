@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from mlopt.errors import CaptureError
+from mlopt.precision import wide_dtype
 
 aten = torch.ops.aten
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -197,7 +198,7 @@ def _replace_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     x, weight, bias, running_mean, running_var, training, momentum, eps = node.args[:8]
     example = x.meta["val"]
     reduced = [0, *range(2, example.ndim)]
-    dtype = torch.float32 if example.dtype in (torch.float16, torch.bfloat16) else example.dtype
+    dtype = wide_dtype(example.dtype)
 
     def call(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
         return graph.call_function(op, args, kwargs)

@@ -22,6 +22,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from mlopt.precision import wide_dtype
+
 Tensor = torch.Tensor
 
 # Reading a number's value in these ways would freeze it; no question for the guard can stand for what is then done.
@@ -139,7 +141,7 @@ class PythonNumbers(TorchFunctionMode):
         out = operands.pop("out", None)
         peers = [x for x in operands.values() if isinstance(x, Tensor) and not self.is_number(x)]
         target, dtype = operands["input"], operands["input"].dtype
-        if dtype in (torch.float16, torch.bfloat16):  # rounded once, as in the kernels
+        if dtype != wide_dtype(dtype):  # rounded once, as in the kernels
             operands = {
                 k: x.float() if isinstance(x, Tensor) and not self.is_number(x) else x for k, x in operands.items()
             }

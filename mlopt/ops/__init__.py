@@ -18,7 +18,7 @@ from mlopt.ops.glm import (
     glm_matmul_t,
     glm_neumann,
 )
-from mlopt.ops.library import BUILD_COMMAND, available, build_config, missing
+from mlopt.ops.library import BUILD_COMMAND, available, build_config, has_kernels, missing
 from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, is_native, neumann_step_, norm, perturb
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "glm_matmul",
     "glm_matmul_t",
     "glm_neumann",
+    "has_kernels",
     "is_native",
     "missing",
     "neumann_step_",

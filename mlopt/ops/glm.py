@@ -8,9 +8,10 @@ Every product reads X once, and whole solves are one call.
 
 Shapes: X is [n, D], or [T, n, D] for T independent tasks. Parameters are [D, C] with a bias [C], after a leading [T] if
 X has one; right-hand sides of solves may be several, [K, D, C] or [T, K, D, C]. A bias behaves as one more feature that
-is always 1. The native kernels take float32 and float64 with C <= 32 on the CPU and on CUDA; everything else runs by
-the reference. Sums have a fixed order, so the bits repeat, for every number of threads; other instruction sets give
-other last bits. Like the family `vector` these are internals of solvers, not differentiable.
+is always 1. X may be of a half type; everything else is then float32, and so are all sums. The native kernels take
+C <= 32 on the CPU and on CUDA (which reads the halves themselves; on the CPU X is widened once per call), everything
+else runs by the reference. Sums have a fixed order, so the bits repeat, for every number of threads; other instruction
+sets give other last bits. Like the family `vector` these are internals of solvers, not differentiable.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from mlopt.ops import library
 from mlopt.ops.reference import glm as reference
+from mlopt.precision import wide_dtype
 
 __all__ = [
     "GlmDescent",
@@ -395,7 +397,7 @@ def _sizes(
     if x.ndim not in (2, 3) or not x.dtype.is_floating_point:
         raise ValueError(f"{op}: expected floating x [n, D] or [T, n, D], got {x.dtype} of shape {tuple(x.shape)}")
     dims = (x.ndim, x.ndim + 1) if several else (x.ndim,)
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    dtype = wide_dtype(x.dtype)
     fits = (
         parameters.ndim in dims
         and parameters.shape[: x.ndim - 2] == x.shape[:-2]
@@ -480,10 +482,7 @@ def _call(sizes: _Sizes, name: str, *arguments: Any) -> Any:
 
 
 def _native(sizes: _Sizes) -> bool:
-    x = sizes.x
-    if not library.available() or x.dtype not in (torch.float32, torch.float64) or sizes.num_classes > MAX_CLASSES:
-        return False
-    return x.device.type == "cpu" or (x.device.type == "cuda" and library.build_config()["cuda"] is not None)
+    return sizes.num_classes <= MAX_CLASSES and library.has_kernels(sizes.x.device, sizes.dtype)
 
 
 def register_fakes() -> None:

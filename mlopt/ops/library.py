@@ -36,6 +36,13 @@ def available() -> bool:
     return False
 
 
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the native kernels are used on a device, with vectors of a dtype."""
+    if dtype not in (torch.float32, torch.float64) or not available():
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and build_config()["cuda"] is not None)
+
+
 @functools.cache
 def missing() -> str | None:
     """Import the extension, which registers the ops; return what is wrong with it ("is not built"), or None."""

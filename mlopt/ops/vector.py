@@ -16,11 +16,9 @@ import torch
 from mlopt.ops import library
 from mlopt.ops.reference import vector as reference
 from mlopt.ops.state import CgState
+from mlopt.precision import wide_dtype
 
 __all__ = ["CgState", "cg_init", "cg_step_", "dot", "is_native", "neumann_step_", "norm", "perturb"]
-
-_NATIVE_DTYPES = (torch.float32, torch.float64)
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -139,9 +137,7 @@ def perturb(x: torch.Tensor, direction: torch.Tensor, step: torch.Tensor) -> tor
 
 def is_native(x: torch.Tensor) -> bool:
     """Whether vectors like `x` run by the native kernels."""
-    if not library.available() or x.dtype not in _NATIVE_DTYPES:
-        return False
-    return x.device.type == "cpu" or (x.device.type == "cuda" and library.build_config()["cuda"] is not None)
+    return library.has_kernels(x.device, x.dtype)
 
 
 def _check(op: str, **tensors: torch.Tensor) -> None:
@@ -162,7 +158,7 @@ def _check(op: str, **tensors: torch.Tensor) -> None:
 
 
 def _check_scalars(op: str, name: str, scalars: torch.Tensor, shape: Sequence[int], x: torch.Tensor) -> None:
-    dtype = torch.float32 if x.dtype in _HALF_DTYPES else x.dtype
+    dtype = wide_dtype(x.dtype)
     if scalars.shape != torch.Size(shape) or scalars.dtype != dtype or scalars.device != x.device:
         raise ValueError(
             f"{op}: expected {name} of shape {tuple(shape)}, {dtype}, {x.device}, got "

@@ -462,14 +462,26 @@ def test_many_classes_run_by_the_reference(classes):
             torch.ops.mlopt.glm_matmul(c.x, c.w, None)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features(dtype):
-    """Everything but X is float32."""
-    c = Case((None, 2, 50, 9, 3), torch.float32)
-    got, _ = ops.glm_hvp(c.x.to(dtype), c.v, kind="softmax", curvature=c.p)
-    expected, _ = ops.glm_hvp(c.x.to(dtype).float(), c.v, kind="softmax", curvature=c.p)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected)
+@pytest.mark.parametrize("shape", SHAPES[3:10], ids=str)
+def test_half_precision_features(device, dtype, shape):
+    """Everything but X is float32: the results are those of X widened first."""
+    c = Case(shape, torch.float32, device)
+    x = c.x.to(dtype)
+    wide = x.float()
+    curvature = {"kind": "softmax", "curvature": c.p, "weights": c.weights}
+    loss = {"loss": "softmax", "targets": c.labels, "weights": c.weights}
+    for call in (
+        lambda x: ops.glm_matmul(x, c.w, c.bias),
+        lambda x: ops.glm_hvp(x, c.v, c.v_bias, **curvature)[0],
+        lambda x: ops.glm_cg(x, c.v, c.v_bias, **curvature, damping=1.0, max_steps=3).q,
+        lambda x: ops.glm_neumann(x, c.v, c.v_bias, **curvature, scale=0.01, num_terms=3).q,
+        *([lambda x: ops.glm_gradient(x, c.w, **loss).dw] if c.w.ndim == c.x.ndim else []),
+    ):
+        got, expected = call(x), call(wide)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected)
 
 
 def test_refusals():
@@ -517,8 +529,12 @@ def test_native_checks_repeat_what_the_wrappers_check():
         torch.ops.mlopt.glm_gradient(c.x, c.w, None, "softmax", c.labels + 7 - c.labels, None)
     with pytest.raises(RuntimeError, match=r"mlopt::glm_hvp: not differentiable, but curvature requires a gradient"):
         torch.ops.mlopt.glm_hvp(c.x, c.v, None, "softmax", c.p.clone().requires_grad_(), None, None, None)
-    with pytest.raises(RuntimeError, match=r"mlopt::glm_matmul: expected float32 or float64"):
+    with pytest.raises(
+        RuntimeError, match=r"mlopt::glm_matmul: expected parameters of shape .*, Float, .* got .* Half"
+    ):
         torch.ops.mlopt.glm_matmul(c.x.half(), c.w.half(), None)
+    with pytest.raises(RuntimeError, match=r"mlopt::glm_matmul: expected float32 or float64"):
+        torch.ops.mlopt.glm_matmul(c.x.long(), c.w.long(), None)
 
 
 class ProductsInWorker(Dataset):

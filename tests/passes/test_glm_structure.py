@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mlopt
+from mlopt.autodiff import linearization
 from mlopt.passes import GlmRowKind, find_glm
 
 N, D, C = 11, 6, 3
@@ -74,12 +75,11 @@ class Scalars(nn.Module):
         self.decay = nn.Parameter(torch.rand(D, C))
 
 
-def derivatives(module, loss, batch=None, backend="eager", **options):
+def derivatives(module, loss, batch=None, backend="eager", dtype=torch.float64, **options):
     """A plan, and the derivatives of the lower problem at its first batch."""
     x, y = torch.randn(N, D), torch.randint(C, (N,))
-    batch = batch or (x, y)
-    module, upper = module.double(), Scalars().double()
-    batch = tuple(t.double() if t.is_floating_point() else t for t in batch)
+    batch = batch or (x.to(dtype), y)
+    module, upper = module.to(dtype), Scalars().to(dtype)
     trained = [p for p in module.parameters() if p.requires_grad]
     lower = Lower(
         "lower",
@@ -317,3 +317,22 @@ def test_a_plan_uses_it(name):
         results.append(plan.hypergradient("upper"))
     for key, value in results[0].items():
         torch.testing.assert_close(value, results[1][key], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_an_x_of_halves_is_handed_over_as_it_is_stored(half, monkeypatch):
+    """The kernel widens it: to the bit what the loss does, which keeps twice the bytes for it."""
+    loss = lambda p, x, y: weighted(p, F.cross_entropy(p(x.float()), y, reduction="none"))  # noqa: E731
+    batch = torch.randn(N, D).to(half), torch.randint(C, (N,))
+    found, results = [], []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(linearization, "_READS_HALVES", devices)
+        torch.manual_seed(3)
+        plan, derived = derivatives(nn.Linear(D, C), loss, batch, "native", torch.float32)
+        found.append((derived.graphs.linearization.residual_bytes, find_glm(derived.graphs.linearization.hvp).dtype))
+        assert derived.lowerings()["hvp"].backend == "glm kernel"
+        torch.manual_seed(4)
+        results.append(plan.hypergradient("upper"))
+    assert found[0][0] == found[1][0] - 4 * N * D and found[0][1] == torch.float32
+    for key, value in results[0].items():
+        assert torch.equal(value, results[1][key])

@@ -75,9 +75,8 @@ class GlmGraph:
         operator = self._bind(residuals)
         if self._choice.first is None:
             x = self._structure.matrix(residuals)
-            vector = x.new_ones(
-                (x.shape[0], self._structure.size) if self._structure.tasks else (self._structure.size,)
-            )
+            shape = (x.shape[0], self._structure.size) if self._structure.tasks else (self._structure.size,)
+            vector = x.new_ones(shape, dtype=self._structure.dtype)
 
             def kernel() -> None:
                 new = self._bind(residuals)  # its price is paid once per point
@@ -98,7 +97,7 @@ class GlmGraph:
         return self._graph.native_steps(arguments, changing)
 
     def _fits(self, x: torch.Tensor) -> bool:
-        return x.is_contiguous() and ops.is_native(x)
+        return x.is_contiguous() and ops.has_kernels(x.device, self._structure.dtype)
 
     def _bind(self, residuals: Sequence[Any]) -> Any:
         """Return the operator of one point."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mlopt.ops.state import CgState
+from mlopt.precision import wide_dtype
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -55,4 +56,4 @@ def perturb(x: torch.Tensor, direction: torch.Tensor, step: torch.Tensor) -> tor
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(wide_dtype(x.dtype))

@@ -7,6 +7,7 @@ says what it found, or nothing; `values.py` holds what it knows of a node, `rule
 a rule. The curvature f is then read off the graph itself, so there is no list of losses.
 """
 
+from mlopt.passes.glm.rules import is_widened
 from mlopt.passes.glm.structure import ONE_TASK, GlmRowKind, GlmStructure, find_glm
 
-__all__ = ["ONE_TASK", "GlmRowKind", "GlmStructure", "find_glm"]
+__all__ = ["ONE_TASK", "GlmRowKind", "GlmStructure", "find_glm", "is_widened"]

@@ -25,6 +25,7 @@ from mlopt.passes.glm.values import (
     shape_of,
     static_shape,
 )
+from mlopt.precision import wide_dtype
 
 aten = torch.ops.aten
 
@@ -98,13 +99,13 @@ class Analysis:
         return [(a, self.known.get(a) if isinstance(a, fx.Node) else None) for a in node.args]
 
     def set_x(self, node: Any, *, transposed: bool) -> bool:
-        """Whether a node is X (or its transpose); the first one met becomes X."""
+        """Whether a node is X (or its transpose, or X of a half type widened); the first one met becomes X."""
         if not isinstance(node, fx.Node) or node in self.known:
             return False
         while node.op != "placeholder":
             if node.target in (aten.t.default, aten.transpose.int, aten.permute.default) and _swaps_last(node):
                 transposed = not transposed
-            elif node.target is not aten.squeeze.dim or node.args[1] != 0 or len(shape_of(node)) != 2:
+            elif not is_widened(node) and not _removes_first(node):
                 return False
             node = node.args[0]
         if transposed:
@@ -112,7 +113,7 @@ class Analysis:
         if self.x is None:
             shape = shape_of(node)
             one = len(shape) == 2 or (len(shape) == 3 and same(shape[0], 1))
-            if not one or not isinstance(shape[-1], int) or node.meta["val"].dtype != self.dtype:
+            if not one or not isinstance(shape[-1], int) or wide_dtype(node.meta["val"].dtype) != self.dtype:
                 return False
             self.x, self.exits = node, Exits(shape[-1])
         return self.x is node
@@ -161,6 +162,19 @@ class Analysis:
             raise NoMatchError(f"{node} is not laid out as expected")
         numbers = numbers.reshape(wanted)
         return Flat(torch.full(wanted, -1), numbers)
+
+
+def _removes_first(node: fx.Node) -> bool:
+    """Whether a node is a batch of one matrix, as that matrix."""
+    return node.target is aten.squeeze.dim and node.args[1] == 0 and len(shape_of(node)) == 2
+
+
+def is_widened(node: fx.Node) -> bool:
+    """Whether a node is a tensor of a half type as float32, and otherwise the same."""
+    if node.target is not aten._to_copy.default or set(node.kwargs) != {"dtype"}:
+        return False
+    before = node.args[0].meta["val"].dtype
+    return before != wide_dtype(before) == node.kwargs["dtype"]
 
 
 def _layout(a: Analysis, node: fx.Node) -> Any:

@@ -36,7 +36,8 @@ class GlmStructure:
     """A product ``v [N] -> P^T (X^T f(X P v)) + diagonal * v``, and how f and the diagonal follow from the residuals.
 
     Attributes:
-        x: Which residual X [n, D] is.
+        x: Which residual X [n, D] is. It may be of a half type, where the product widens it to float32.
+        dtype: Of v, and of all that is computed.
         positions: int64 [C, D], or [C, D + 1] with a bias: where the parameters of each column lie in v; -1 for the
             bias of a column that has none.
         bias: Whether there are biases.
@@ -47,6 +48,7 @@ class GlmStructure:
     """
 
     x: int
+    dtype: torch.dtype
     positions: torch.Tensor
     bias: bool
     size: int
@@ -98,11 +100,14 @@ class GlmStructure:
     def _curvature(self, residuals: Sequence[Any]) -> torch.Tensor:
         x = self._matrix_of_one(residuals)
         if self.kind is GlmRowKind.DIAGONAL:
-            return self._run_middle(residuals, x.new_ones(x.shape[0], self.num_columns)).contiguous()
+            return self._run_middle(residuals, self._ones_like_rows(x)).contiguous()
         if self.kind is GlmRowKind.RANK_ONE:
-            return self._rank_one(residuals, x.new_ones(x.shape[0], self.num_columns))
-        units = torch.eye(self.num_columns, dtype=x.dtype, device=x.device)
+            return self._rank_one(residuals, self._ones_like_rows(x))
+        units = torch.eye(self.num_columns, dtype=self.dtype, device=x.device)
         return torch.stack([self._run_middle(residuals, e.expand(x.shape[0], -1)) for e in units], dim=-1)
+
+    def _ones_like_rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_ones(x.shape[0], self.num_columns, dtype=self.dtype)
 
     def _matrix_of_one(self, residuals: Sequence[Any]) -> torch.Tensor:
         x: torch.Tensor = residuals[self.x]
@@ -111,8 +116,8 @@ class GlmStructure:
     def _diagonal_of_one(self, residuals: Sequence[Any]) -> torch.Tensor:
         assert self._diagonal is not None
         x = residuals[self.x]
-        nothing = [x.new_zeros(shape) for shape in self._exit_shapes]
-        result: torch.Tensor = self._diagonal(*residuals, x.new_ones(self.size), *nothing)[0]
+        nothing = [x.new_zeros(shape, dtype=self.dtype) for shape in self._exit_shapes]
+        result: torch.Tensor = self._diagonal(*residuals, x.new_ones(self.size, dtype=self.dtype), *nothing)[0]
         return result
 
     def _rank_one(self, residuals: Sequence[Any], ones: torch.Tensor) -> torch.Tensor:
@@ -190,6 +195,7 @@ def _find(module: fx.GraphModule, *, tasks: bool) -> GlmStructure:
     has_diagonal = bool((analysis.known[output].params >= 0).any())
     return GlmStructure(
         x=residuals.index(analysis.x),
+        dtype=analysis.dtype,
         positions=positions,
         bias=bias,
         size=vector.meta["val"].shape[0],
