@@ -8,6 +8,7 @@ as a fact (`LossGraph.reads`), and `mlopt.graph` draws the conclusions.
 from mlopt.capture.attributes import ReadAttribute
 from mlopt.capture.batch import BatchSpec, flatten_batch
 from mlopt.capture.export import capture_loss
+from mlopt.capture.optimizer_watch import OptimizerWatch
 from mlopt.capture.record import GraphInput, InputRole, LossGraph
 from mlopt.capture.update import UpdateGraph, UpdateRole, UpdateValue
 from mlopt.capture.update_kinds import capture_update
@@ -18,6 +19,7 @@ __all__ = [
     "GraphInput",
     "InputRole",
     "LossGraph",
+    "OptimizerWatch",
     "ReadAttribute",
     "UpdateGraph",
     "UpdateRole",

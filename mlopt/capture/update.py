@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.optim import optimizer as torch_optimizer
 
+from mlopt.capture.optimizer_watch import OptimizerWatch, hooks_of, watch
 from mlopt.errors import UpdateError
 
 # They choose between implementations of one formula. The capture always takes the plain one.
@@ -188,32 +188,12 @@ class UpdateGraph:
         replaced = own is not None and inspect.unwrap(own) is not inspect.unwrap(type(self.optimizer).step)
         return not replaced and not any(hooks_of(self.optimizer))
 
-    def fingerprint(self) -> object:
-        """Return something that stays equal as long as `accepts` and `is_free` give the same answers.
+    def watch(self) -> OptimizerWatch | None:
+        """Return what tells that `accepts` and `is_free` still answer as they do now; None if nothing can.
 
-        None if that cannot be told: a branch depends on a counter, or a number is a tensor. Much cheaper than they are.
+        Then a branch depends on a counter, or a number is a tensor.
         """
-        if any(hooks_of(self.optimizer)) or self.guard_reads(UpdateRole.STATE):
-            return None
-        read = self._steering
-        groups: list[object] = []
-        for number, group in enumerate(self.optimizer.param_groups):
-            entries: list[object] = [len(group["params"]), *map(id, group["params"]), *group]
-            for key, value in group.items():
-                kind = type(value)
-                if kind is float or kind is int:
-                    entries.append(kind if (number, key) not in read else value)
-                elif kind is list:
-                    if key != "params":
-                        entries.append(tuple(value))
-                elif isinstance(value, torch.Tensor):
-                    return None
-                else:
-                    entries.append(value)
-            groups.append(entries)
-        state = self.optimizer.state
-        held = [[*map(id, state.get(p, {}).values())] for p in self.parameters.values()]
-        return (vars(self.optimizer).get("step"), groups, held)
+        return None if self.guard_reads(UpdateRole.STATE) else watch(self.optimizer, self.parameters, self._steering)
 
     def guard_reads(self, role: UpdateRole) -> bool:
         """Whether what the optimizer's code branches on depends on an input of this role."""
@@ -284,16 +264,6 @@ class UpdateGraph:
             old.copy_(value.reshape(old.shape))
         else:
             entries[x.key] = value.clone()  # `results` stay the caller's
-
-
-def hooks_of(optimizer: torch.optim.Optimizer) -> tuple[Mapping[int, Any], ...]:
-    """Return the hooks around an optimizer's step, the global ones included."""
-    return (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
 
 
 def signature_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> tuple[object, ...]:

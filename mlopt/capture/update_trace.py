@@ -17,12 +17,12 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from mlopt.capture.numbers import PythonNumbers, ValueReadError, math_on_tensors
+from mlopt.capture.optimizer_watch import hooks_of
 from mlopt.capture.update import (
     IMPLEMENTATION_FLAGS,
     UpdateGraph,
     UpdateRole,
     UpdateValue,
-    hooks_of,
     hyperparameters,
     is_number,
     signature_of,

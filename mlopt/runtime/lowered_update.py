@@ -15,7 +15,7 @@ import torch
 
 from mlopt.autodiff import TotalUpdateGraph
 from mlopt.backends import Compiled
-from mlopt.capture import UpdateGraph, UpdateRole, UpdateValue
+from mlopt.capture import OptimizerWatch, UpdateGraph, UpdateRole, UpdateValue
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class LoweredUpdate:
         self.call = call
         self.given_up = ""
         self._update = update
-        self._checked: object = None
-        self._targets: list[torch.Tensor | None] | None = None  # as long as `_checked` holds
+        self._watch: OptimizerWatch | None = None  # from the last `accepts` that said yes
+        self._targets: list[torch.Tensor | None] | None = None  # as long as the watch sees no change
         self._state: dict[int, torch.Tensor] = {}  # likewise, by the id of an input: hashing one takes longer
 
     def is_used(self) -> bool:
@@ -45,13 +45,12 @@ class LoweredUpdate:
 
     def accepts(self) -> bool:
         """Whether it is the step that the live optimizer would make now; cheap where nothing was changed."""
-        key = self._update.fingerprint()
-        if key is not None and key == self._checked:
+        if self._watch is not None and self._watch.is_unchanged():
             return True
         self._targets = None
         self._state.clear()
         accepted = self._update.is_free() and self._update.accepts()
-        self._checked = key if accepted else None
+        self._watch = self._update.watch() if accepted else None
         return accepted
 
     def give_up(self, reason: str) -> None:
