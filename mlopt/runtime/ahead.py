@@ -48,7 +48,10 @@ class AheadRunner:
             return 1
         compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())
         for name, stream in streams.items():
-            derivatives = self._executor.derivatives(name, stream.peek())
+            batch = stream.peek()
+            if not stream.is_still:
+                self._executor.derive.user_code_ran()
+            derivatives = self._executor.derivatives(name, batch)
             num_drawing += derivatives.is_random
             compiled |= derivatives.step is not None and derivatives.step.is_used()
         if num_drawing > 1 or not compiled:
@@ -79,6 +82,7 @@ class AheadRunner:
             made, latest, every = self._run_ahead(name, count, keep_results=on_results is not None)
             if on_results is not None and made:
                 on_results({name: every}, made)
+                self._executor.derive.user_code_ran()
             count -= made
         return latest
 
@@ -92,6 +96,8 @@ class AheadRunner:
         if count == 1 or not self._executor.plan[name].runs_ahead:
             return self._single(name)
         batches = state.stream.ahead(min(count, _MOST_STILL if state.stream.is_still else _MOST_FETCHED))
+        if not state.stream.is_still:
+            self._executor.derive.user_code_ran()
         derivatives = self._executor.derivatives(name, batches[0])
         if derivatives.is_random and len(batches) == count:
             batches.pop()  # the last step is made by itself: hypergradients need the random numbers it began with
@@ -114,6 +120,8 @@ class AheadRunner:
             schedule.settle(0)
             raise
         schedule.settle(outcome.num_steps)
+        if problem.scheduler is not None:
+            self._executor.derive.user_code_ran()
         if outcome.num_steps:
             state.samples = (Sample(batches[outcome.num_steps - 1]),)
             state.stream.advance(outcome.num_steps)

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,6 +37,7 @@ from mlopt.runtime.derivatives import (
     mean_of_each,
     mean_result,
 )
+from mlopt.runtime.derive import Derivation, Derive
 from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
 from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
@@ -45,13 +46,6 @@ from mlopt.runtime.schedule import mark_stepped, step_scheduler
 from mlopt.runtime.state import ProblemState, Sample
 from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
-
-
-class Derive(Protocol):
-    """Gives the derivatives of a problem that are valid for a batch; see `mlopt.compiler.Compiler.derive`."""
-
-    def __call__(self, name: str, batch: Batch, *, checked: bool = False) -> AbstractDerivatives:
-        """See `Derive`."""
 
 
 @dataclasses.dataclass
@@ -115,6 +109,7 @@ class Executor:
         quiet: Do not warn of solves that end badly.
 
     Attributes:
+        derive: Gets the derivatives of problems.
         keep_gradients: See `Plan.keep_gradients`.
         seen: As given.
         histories: Of problems whose steps are differentiated, the last of these.
@@ -140,8 +135,7 @@ class Executor:
         self.keep_gradients = False
         self.check = StepCheck(plan, problems)
         self.seen = {name: tuple((seen or {}).get(name, plan[name].reads)) for name in problems}
-        self._derive_checked = derive
-        self._checked = False  # no code of the user's has run since the modules were looked at
+        self.derive = Derivation(derive)
         self._quiet = quiet
         self.unrolls: dict[str, Unroll] = {}
         self.histories = {
@@ -165,13 +159,8 @@ class Executor:
 
     def derivatives(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return the derivatives of a problem that are valid for a batch."""
-        self._checked = False
-        return self._derive(name, batch)
-
-    def _derive(self, name: str, batch: Batch) -> AbstractDerivatives:
-        found = self._derive_checked(name, batch, checked=self._checked)
-        self._checked = not found.runs_user_code  # as long as the caller only runs graphs: see `_run`
-        return found
+        self.derive.begin()
+        return self.derive(name, batch)
 
     def compiled_step(self, name: str, derivatives: AbstractDerivatives) -> CompiledStep | None:
         """Return the compiled step if it is what the live optimizer would do now."""
@@ -196,8 +185,11 @@ class Executor:
         if draws:  # from an environment, say, that an inner loop begins by resetting
             self._start_inner_loop(name)
         batches = state.stream.ahead(count)
-        if state.stream.take_restart():
+        if state.stream.take_restart() and self.problems[name].has_epoch_callback:
             self.problems[name].epoch_callback()
+            self.derive.user_code_ran()
+        if not state.stream.is_still:
+            self.derive.user_code_ran()
         if not draws:
             self._start_inner_loop(name)
         self._begin_unrolls(name)
@@ -247,7 +239,7 @@ class Executor:
             self.histories[name].record(run.samples, extra)
         self._keep_state(name, run)
         self._update(name, gradients)
-        step_scheduler(self.problems[name], run.result.loss)
+        self._step_scheduler(name, run.result.loss)
         return Made(results)
 
     def _keep_state(self, name: str, run: Pass) -> None:
@@ -277,13 +269,12 @@ class Executor:
             self._update(name, self.total_gradient(name, run))
         else:
             mark_stepped(self.problems[name].optimizer)
-        step_scheduler(self.problems[name], run.result.loss)
+        self._step_scheduler(name, run.result.loss)
         return True
 
     def _step_compiled(self, name: str, sample: Sample) -> Made | None:
         """Make one step by its compiled graph; None if there is none, or if it failed and nothing was changed."""
-        self._checked = False
-        derivatives = self._derive(name, sample.batch)
+        derivatives = self.derivatives(name, sample.batch)
         compiled = self.compiled_step(name, derivatives)
         if compiled is None:
             return None
@@ -310,8 +301,13 @@ class Executor:
         self.states[name].samples = samples
         assert outcome.outputs is not None
         mark_stepped(self.problems[name].optimizer)
-        step_scheduler(self.problems[name], outcome.outputs[0])
+        self._step_scheduler(name, outcome.outputs[0])
         return Made(compiled.metrics(outcome.outputs), outcome.error)
+
+    def _step_scheduler(self, name: str, loss: torch.Tensor) -> None:
+        step_scheduler(self.problems[name], loss)
+        if self.problems[name].scheduler is not None:
+            self.derive.user_code_ran()
 
     def snapshot(self) -> Callable[[], None]:
         """Copy what steps change; return a function that puts it back. Counters and batches go on."""
@@ -340,6 +336,7 @@ class Executor:
             return
         if "on_inner_loop_start" in problem.step_hooks():
             problem.on_inner_loop_start()
+            self.derive.user_code_ran()
             if name in self.histories:
                 self.histories[name].begin()
 
@@ -386,7 +383,7 @@ class Executor:
 
     def _run(self, name: str, samples: Sequence[Sample], *, keep_guesses: bool) -> Pass:
         run = Pass()
-        self._checked = False
+        self.derive.begin()
         for instruction in self.plan[name].instructions:
             if isinstance(instruction, Gradient):
                 run.result, run.samples, run.derivatives = self._gradient(name, samples, {})
@@ -420,7 +417,7 @@ class Executor:
         results, samples = [], []
         moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for sample in given:
-            derivatives = self._derive(name, sample.batch)
+            derivatives = self.derive(name, sample.batch)
             if not (derivatives.is_random or values or moved):
                 samples.append(Sample(sample.batch))
                 results.append(derivatives.gradient(sample.batch))
@@ -438,7 +435,7 @@ class Executor:
         parts = []
         for sample in self.lower_samples(name):
             with frozen_random_state(sample.random_state):
-                parts.append(self._derive(name, sample.batch).linearize(sample.batch))
+                parts.append(self.derive(name, sample.batch).linearize(sample.batch))
         return parts[0] if len(parts) == 1 else MeanLinearization(parts)
 
     @contextlib.contextmanager
@@ -449,7 +446,7 @@ class Executor:
         with contextlib.ExitStack() as stack:
             parts = []
             for sample in samples:
-                derivatives = self._derive(name, sample.batch)
+                derivatives = self.derive(name, sample.batch)
                 stack.enter_context(derivatives.at(values))
                 with frozen_random_state(sample.random_state):
                     parts.append(derivatives.linearize(sample.batch))
@@ -489,7 +486,8 @@ class Executor:
     def _solve(self, name: str, instruction: Solve, run: Pass, *, keep_guesses: bool) -> None:
         key = (name, instruction.out)
         estimator = instruction.estimator
-        self._checked &= type(estimator).__module__.startswith("mlopt.")
+        if not type(estimator).__module__.startswith("mlopt."):
+            self.derive.user_code_ran()
         operator: AbstractLinearOperator
         if estimator.uses_update:
             operator = DiagonalOperator(self.update_factor(instruction.problem))
@@ -548,7 +546,7 @@ class Executor:
         parts = []
         for sample in self.lower_samples(name):
             with frozen_random_state(sample.random_state or get_random_state(self.layouts[name].device)):
-                parts.append(self._derive(name, sample.batch).read_gradient(sample.batch, own))
+                parts.append(self.derive(name, sample.batch).read_gradient(sample.batch, own))
         return mean_of_each(parts)
 
     def total_gradient(self, name: str, run: Pass) -> list[torch.Tensor | None]:
@@ -568,6 +566,7 @@ class Executor:
 
     def _update(self, name: str, gradients: list[torch.Tensor | None]) -> None:
         problem = self.problems[name]
+        self.derive.user_code_ran()  # it will have: callbacks, and an optimizer that may be anybody's
         parameters = list(problem.trained_parameters().values())
         if "grad_callback" in problem.step_hooks():
             _set_gradients(parameters, gradients)
@@ -583,6 +582,7 @@ class Executor:
         problem = self.problems[name]
         if type(problem).optimizer_hyperparameters is Problem.optimizer_hyperparameters:
             return
+        self.derive.user_code_ran()
         with torch.no_grad():
             for given, group in zip(problem.hyperparameters_by_group(), problem.optimizer.param_groups, strict=True):
                 for key, value in given.items():

@@ -67,7 +67,8 @@ class Plan:
             NonFiniteError: The guard (see `set_guard`) found a step that is not finite; or an fp16 problem overflows
                 whatever its loss scale.
         """
-        return self._advance(1, None)
+        with self._executor.derive.uninterrupted():
+            return self._advance(1, None)
 
     def run(self, num_steps: int, *, on_results: OnResults | None = None) -> StepResult:
         """Make several global steps; what they do is what as many calls of `step` do.
@@ -86,8 +87,9 @@ class Plan:
         """
         latest: StepResult = {}
         while num_steps > 0:
-            count = self._ahead.steps_until_due(num_steps)
-            results = self._advance(count, on_results)
+            with self._executor.derive.uninterrupted():
+                count = self._ahead.steps_until_due(num_steps)
+                results = self._advance(count, on_results)
             latest.update(results)
             num_steps -= count
         return latest

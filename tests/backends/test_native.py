@@ -58,7 +58,7 @@ def make(backend, sizes=(N,), estimator=None, **options):
 
 def lowerings(plan):
     executor = plan._executor
-    found = executor._derive("lower", executor.states["lower"].stream.peek())
+    found = executor.derive("lower", executor.states["lower"].stream.peek())
     return found.lowerings()
 
 

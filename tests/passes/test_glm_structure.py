@@ -93,7 +93,7 @@ def derivatives(module, loss, batch=None, backend="eager", dtype=torch.float64, 
     upper = Upper("upper", module=upper, optimizer=torch.optim.SGD(upper.parameters(), lr=0.1), data=[batch])
     plan = mlopt.compile(mlopt.Graph([lower, upper]), backend=backend, strict=True, progress=False)
     executor = plan._executor
-    return plan, executor._derive("lower", executor.states["lower"].stream.peek())
+    return plan, executor.derive("lower", executor.states["lower"].stream.peek())
 
 
 def weighted(p, losses):

@@ -105,7 +105,7 @@ def test_mode_switch_is_captured_anew_and_back():
     lower.module.eval()
     first, second = (plan.hypergradient("reweight", batch=lower.data[0]) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
-    assert not plan._executor._derive("classifier", plan._executor.states["classifier"].samples[0].batch).is_random
+    assert not plan._executor.derive("classifier", plan._executor.states["classifier"].samples[0].batch).is_random
     lower.module.train()
     count = len(plan._report.graphs["classifier"])
     plan.run(2)
