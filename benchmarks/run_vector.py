@@ -63,7 +63,7 @@ def measure(n: int, device: str, repeats: int) -> dict[str, object]:
         solve = case(n, device)
 
         vectors = {  # vector passes over memory that each op needs at least
-            "cg_step": 11,
+            "cg_step": 10,
             "neumann_step": 5,
             "dot": 2,
             "perturb": 3,

@@ -100,13 +100,13 @@ MLOPT_HD void cg_finish(T* state, T pap, T rr) {
 }
 
 template <typename T>
-MLOPT_HD void cg_update_elem(const CgParams<T>& q, int64_t i, T alpha) {  // x += alpha p;  r -= alpha Ap
-  q.x[i] += alpha * q.p[i];
+MLOPT_HD void cg_residual_elem(const CgParams<T>& q, int64_t i, T alpha) {  // r -= alpha Ap
   q.r[i] -= alpha * q.ap[i];
 }
 
 template <typename T>
-MLOPT_HD void cg_direction_elem(const CgParams<T>& q, int64_t i, T beta) {  // p = r + beta p
+MLOPT_HD void cg_direction_elem(const CgParams<T>& q, int64_t i, T alpha, T beta) {  // x += alpha p;  p = r + beta p
+  q.x[i] += alpha * q.p[i];
   q.p[i] = q.r[i] + beta * q.p[i];
 }
 

@@ -1,7 +1,8 @@
 // CPU kernels of the family `vector`: loops over fixed blocks around the element functions of vector.h.
 //
-// Bound: bytes. A CG step reads p, Ap (p.Ap), reads x, p, r, Ap and writes x, r, then reads r, p and writes p: 11
-// vector passes; the two reductions in between forbid fewer than three sweeps.
+// Bound: bytes. A CG step reads p, Ap (p.Ap), reads r, Ap and writes r, then reads x, r, p and writes x, p: 10 vector
+// passes; the two reductions in between forbid fewer than three sweeps. (x waits for the last one, which reads p
+// anyway.)
 #include <algorithm>
 #include <cmath>
 
@@ -33,42 +34,44 @@ T sum_lanes(const T* lanes) {
   return folded[0];
 }
 
-#define MLOPT_DEFINE_LOOPS(T)                                                                      \
-  MLOPT_CLONES T dot_block(const T* a, const T* b, int64_t n) {                                    \
-    T lanes[kLanes] = {};                                                                          \
-    int64_t i = 0;                                                                                 \
-    for (; i + kLanes <= n; i += kLanes)                                                           \
-      for (int j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * b[i + j];                            \
-    for (int j = 0; i < n; ++i, ++j) lanes[j] += a[i] * b[i];                                      \
-    return sum_lanes(lanes);                                                                       \
-  }                                                                                                \
-  MLOPT_CLONES T cg_update_block(const CgParams<T>& q, int64_t begin, int64_t n, T alpha) {        \
-    T lanes[kLanes] = {};                                                                          \
-    T* __restrict__ x = q.x + begin;                                                               \
-    T* __restrict__ r = q.r + begin;                                                               \
-    const T* __restrict__ p = q.p + begin;                                                         \
-    const T* __restrict__ ap = q.ap + begin;                                                       \
-    const CgParams<T> block{x, r, const_cast<T*>(p), ap, nullptr, nullptr, nullptr, 1, n};         \
-    int64_t i = 0;                                                                                 \
-    for (; i + kLanes <= n; i += kLanes)                                                           \
-      for (int j = 0; j < kLanes; ++j) {                                                           \
-        cg_update_elem(block, i + j, alpha);                                                       \
-        lanes[j] += r[i + j] * r[i + j];                                                           \
-      }                                                                                            \
-    for (int j = 0; i < n; ++i, ++j) {                                                             \
-      cg_update_elem(block, i, alpha);                                                             \
-      lanes[j] += r[i] * r[i];                                                                     \
-    }                                                                                              \
-    return sum_lanes(lanes);                                                                       \
-  }                                                                                                \
-  MLOPT_CLONES void cg_direction_block(const CgParams<T>& q, int64_t begin, int64_t end, T beta) { \
-    for (int64_t i = begin; i < end; ++i) cg_direction_elem(q, i, beta);                           \
-  }                                                                                                \
-  MLOPT_CLONES void neumann_block(const NeumannParams<T>& q, int64_t begin, int64_t end) {         \
-    for (int64_t i = begin; i < end; ++i) neumann_step_elem(q, i);                                 \
-  }                                                                                                \
-  MLOPT_CLONES void perturb_block(const PerturbParams<T>& q, int64_t begin, int64_t end, T step) { \
-    for (int64_t i = begin; i < end; ++i) q.out[i] = perturb_elem(q.x[i], step, q.direction[i]);   \
+#define MLOPT_DEFINE_LOOPS(T)                                                                             \
+  MLOPT_CLONES T dot_block(const T* a, const T* b, int64_t n) {                                           \
+    T lanes[kLanes] = {};                                                                                 \
+    int64_t i = 0;                                                                                        \
+    for (; i + kLanes <= n; i += kLanes)                                                                  \
+      for (int j = 0; j < kLanes; ++j) lanes[j] += a[i + j] * b[i + j];                                   \
+    for (int j = 0; i < n; ++i, ++j) lanes[j] += a[i] * b[i];                                             \
+    return sum_lanes(lanes);                                                                              \
+  }                                                                                                       \
+  MLOPT_CLONES T cg_residual_block(const CgParams<T>& q, int64_t begin, int64_t n, T alpha) {             \
+    T lanes[kLanes] = {};                                                                                 \
+    T* __restrict__ r = q.r + begin;                                                                      \
+    const T* __restrict__ ap = q.ap + begin;                                                              \
+    const CgParams<T> block{nullptr, r, nullptr, ap, nullptr, nullptr, nullptr, 1, n};                    \
+    int64_t i = 0;                                                                                        \
+    for (; i + kLanes <= n; i += kLanes)                                                                  \
+      for (int j = 0; j < kLanes; ++j) {                                                                  \
+        cg_residual_elem(block, i + j, alpha);                                                            \
+        lanes[j] += r[i + j] * r[i + j];                                                                  \
+      }                                                                                                   \
+    for (int j = 0; i < n; ++i, ++j) {                                                                    \
+      cg_residual_elem(block, i, alpha);                                                                  \
+      lanes[j] += r[i] * r[i];                                                                            \
+    }                                                                                                     \
+    return sum_lanes(lanes);                                                                              \
+  }                                                                                                       \
+  MLOPT_CLONES void cg_direction_block(const CgParams<T>& q, int64_t begin, int64_t n, T alpha, T beta) { \
+    T* __restrict__ x = q.x + begin;                                                                      \
+    T* __restrict__ r = q.r + begin;                                                                      \
+    T* __restrict__ p = q.p + begin;                                                                      \
+    const CgParams<T> block{x, r, p, nullptr, nullptr, nullptr, nullptr, 1, n};                           \
+    for (int64_t i = 0; i < n; ++i) cg_direction_elem(block, i, alpha, beta);                             \
+  }                                                                                                       \
+  MLOPT_CLONES void neumann_block(const NeumannParams<T>& q, int64_t begin, int64_t end) {                \
+    for (int64_t i = begin; i < end; ++i) neumann_step_elem(q, i);                                        \
+  }                                                                                                       \
+  MLOPT_CLONES void perturb_block(const PerturbParams<T>& q, int64_t begin, int64_t end, T step) {        \
+    for (int64_t i = begin; i < end; ++i) q.out[i] = perturb_elem(q.x[i], step, q.direction[i]);          \
   }
 
 MLOPT_DEFINE_LOOPS(float)
@@ -127,14 +130,16 @@ void cg_step_cpu(const CgParams<T>& q, ParallelFor pool) {
   for_each_block(pool, q.rows, q.n, [&](int64_t row, int64_t begin, int64_t end, int64_t k) {
     if (!runs(row)) return;
     const auto decision = decide(row);
-    if (decision.status == kRunning) q.rr_partials[k] = cg_update_block(q, begin, end - begin, decision.alpha);
+    if (decision.status == kRunning) q.rr_partials[k] = cg_residual_block(q, begin, end - begin, decision.alpha);
   });
   for (int64_t row = 0; row < q.rows; ++row) {
     if (runs(row) && decide(row).status == kRunning) fold_partials(q.rr_partials, row, blocks);
   }
   for_each_block(pool, q.rows, q.n, [&](int64_t row, int64_t begin, int64_t end, int64_t) {
-    if (!runs(row) || decide(row).status != kRunning) return;
-    cg_direction_block(q, begin, end, q.rr_partials[row * blocks] / state(row)[kRR]);
+    if (!runs(row)) return;
+    const auto decision = decide(row);
+    if (decision.status != kRunning) return;
+    cg_direction_block(q, begin, end - begin, decision.alpha, q.rr_partials[row * blocks] / state(row)[kRR]);
   });
   for (int64_t row = 0; row < q.rows; ++row) {
     if (runs(row)) cg_finish(state(row), q.pap_partials[row * blocks], q.rr_partials[row * blocks]);

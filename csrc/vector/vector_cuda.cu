@@ -53,9 +53,9 @@ __global__ void dot_finish_kernel(DotParams<T> q) {
   }
 }
 
-// x += alpha p;  r -= alpha Ap;  partials of r.r
+// r -= alpha Ap;  partials of r.r
 template <typename T>
-__global__ void cg_update_kernel(CgParams<T> q) {
+__global__ void cg_residual_kernel(CgParams<T> q) {
   const int64_t blocks = num_blocks(q.n);
   for (int64_t row = blockIdx.y; row < q.rows; row += gridDim.y) {
     const T* state = q.state + row * kNumColumns;
@@ -66,7 +66,7 @@ __global__ void cg_update_kernel(CgParams<T> q) {
       const int64_t end = row * q.n + (k + 1 < blocks ? (k + 1) * kBlock : q.n);
       T sum = 0;
       for (int64_t i = row * q.n + k * kBlock + threadIdx.x; i < end; i += kThreads) {
-        cg_update_elem(q, i, decision.alpha);
+        cg_residual_elem(q, i, decision.alpha);
         sum += q.r[i] * q.r[i];
       }
       sum = block_sum(sum);
@@ -75,18 +75,20 @@ __global__ void cg_update_kernel(CgParams<T> q) {
   }
 }
 
-// p = r + beta p
+// x += alpha p;  p = r + beta p
 template <typename T>
 __global__ void cg_direction_kernel(CgParams<T> q) {
   const int64_t blocks = num_blocks(q.n);
   for (int64_t row = blockIdx.y; row < q.rows; row += gridDim.y) {
     const T* state = q.state + row * kNumColumns;
     if (state[kStatus] != T(kRunning)) continue;
-    if (cg_decide(state, fold_partials(q.pap_partials, row, blocks)).status != kRunning) continue;
+    const auto decision = cg_decide(state, fold_partials(q.pap_partials, row, blocks));
+    if (decision.status != kRunning) continue;
     const T beta = fold_partials(q.rr_partials, row, blocks) / state[kRR];
     for (int64_t k = blockIdx.x; k < blocks; k += gridDim.x) {
       const int64_t end = row * q.n + (k + 1 < blocks ? (k + 1) * kBlock : q.n);
-      for (int64_t i = row * q.n + k * kBlock + threadIdx.x; i < end; i += kThreads) cg_direction_elem(q, i, beta);
+      for (int64_t i = row * q.n + k * kBlock + threadIdx.x; i < end; i += kThreads)
+        cg_direction_elem(q, i, decision.alpha, beta);
     }
   }
 }
@@ -138,7 +140,7 @@ const char* cg_step_cuda(const CgParams<T>& q, mlopt_stream stream) {
   const dim3 grid = grid_for(num_blocks(q.n), q.rows);
   const DotParams<T> pap{q.p, q.ap, nullptr, q.pap_partials, q.rows, q.n, false};
   MLOPT_LAUNCH(dot_partials_kernel<T>, grid, dim3(kThreads), stream, pap);
-  MLOPT_LAUNCH(cg_update_kernel<T>, grid, dim3(kThreads), stream, q);
+  MLOPT_LAUNCH(cg_residual_kernel<T>, grid, dim3(kThreads), stream, q);
   MLOPT_LAUNCH(cg_direction_kernel<T>, grid, dim3(kThreads), stream, q);
   MLOPT_LAUNCH(cg_finish_kernel<T>, grid_for(q.rows, 1), dim3(kThreads), stream, q);
   return launch_error();
