@@ -10,6 +10,7 @@
 #include "operator.h"
 #include "solvers.h"
 #include "steps.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 
@@ -48,6 +49,8 @@ void bind_runtime(py::module& m) {
       },
       py::call_guard<py::gil_scoped_release>());
   m.def("neumann_loop", &neumann_loop, py::call_guard<py::gil_scoped_release>());
+
+  m.def("workspace_bytes", &workspace_bytes);
 
   py::class_<StepsResult>(m, "StepsResult")
       .def_readonly("num_steps", &StepsResult::num_steps)

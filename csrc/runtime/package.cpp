@@ -5,6 +5,8 @@
 
 #include <utility>
 
+#include "workspace.h"
+
 namespace mlopt {
 
 // run_single_threaded: a plan makes one call at a time, so the loader's own locks have nothing to protect.
@@ -29,6 +31,7 @@ at::Tensor Package::fit(size_t k, const at::Tensor& input, const Layout& layout)
 
 std::vector<at::Tensor> Package::run(std::vector<at::Tensor> inputs) {
   const at::NoGradGuard no_grad;
+  const WorkspaceScope scope;
   return loader_.boxed_run(std::move(inputs));
 }
 

@@ -10,6 +10,7 @@
 #include "../vector/vector.h"
 #include "../vector/vector_op.h"
 #include "signals.h"
+#include "workspace.h"
 
 namespace mlopt {
 namespace {
@@ -58,6 +59,7 @@ at::Tensor first_state(const at::Tensor& rr, const at::Tensor& tolerance) {
 CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
                   double rtol, int64_t max_steps, int64_t check_every) {
   const at::NoGradGuard no_grad;
+  const WorkspaceScope scope;
   SignalPoll poll;
   const at::Tensor scale = norm(b);
   at::Tensor x, r;
@@ -82,6 +84,7 @@ CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<st
 
 void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale) {
   const at::NoGradGuard no_grad;
+  const WorkspaceScope scope;
   SignalPoll poll;
   for (int64_t k = 1; k < num_terms; ++k) {
     neumann_step(term, total, product(a, term), scale);

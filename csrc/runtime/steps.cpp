@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "signals.h"
+#include "workspace.h"
 
 namespace mlopt {
 
@@ -44,6 +45,7 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
 StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
                         const at::Tensor& numbers, std::vector<at::Tensor> fed_before) const {
   const at::NoGradGuard no_grad;
+  const WorkspaceScope scope;
   std::vector<at::Tensor> inputs = inputs_;
   for (size_t k = 0; k < fed_before.size(); ++k) inputs[changing_.feedback[k].second] = std::move(fed_before[k]);
   for (size_t k = 0; k < inputs.size(); ++k)  // again in every run: the values in the caller's tensors have changed

@@ -61,9 +61,6 @@ def options(spec: GraphSpec) -> tuple[tuple[str, Any], ...]:
         # The wrapper's calls take as long as with the default, -O1 (at -O0 half as long again); compiling takes a sixth
         # less. The loops are a file of their own, with -O3.
         ("aot_inductor.compile_wrapper_opt_level", "Og"),
-        # Fused multiply-adds, as in BLAS, in XLA's code and in our kernels: they round once where two operations round
-        # twice. Steps of a logistic regression take two thirds of the time.
-        ("cpp.enable_floating_point_contract_flag", "fast"),
         # Eager torch's generators draw: the same dropout masks from the same state, without which nothing agrees.
         ("fallback_random", True),
         # Residuals go from one package to the next, which expects the strides that the trace had.
