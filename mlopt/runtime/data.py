@@ -64,6 +64,11 @@ class BatchStream:
         return self._is_still
 
     @property
+    def has_one_batch(self) -> bool:
+        """Whether every step takes the same batch: data that is a list of one."""
+        return self._is_still and self._problem.data is not None and len(self._problem.data) == 1  # type: ignore[arg-type]
+
+    @property
     def may_run_ahead(self) -> bool:
         """Whether batches of later steps may be fetched now: no code of the user's waits for those steps."""
         return not (self._problem.draws_batches or self._problem.has_epoch_callback)

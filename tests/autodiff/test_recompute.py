@@ -146,6 +146,7 @@ def test_no_cut_is_smaller(monkeypatch):
     assert [n for n in graph.nodes if n in kept] == kept
 
 
+@pytest.mark.slow
 def test_products_are_the_same(monkeypatch):
     """Hypergradients and trajectories, whatever is computed again; random numbers are drawn once."""
     monkeypatch.setattr("mlopt.autodiff.recompute._WORTH_IT", 0)

@@ -42,16 +42,21 @@ def cache_dir(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "packages"
     directory.mkdir(exist_ok=True)
-    with (directory / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+    with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        compile_into(directory, (make_mlp, make_trace, make_branching), [small_graph(), operator_graph()])
+    return directory
+
+
+def compile_into(directory, makes, graphs=()):
+    """Compile all graphs of programs, and others, at once."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLOPT_COMPILE_JOBS", "2")
         collector = Collector()
         patch.setattr(sys.modules["mlopt.compile"], "get_backend", lambda *args: collector)
-        for make in (make_mlp, make_conv, make_trace, make_branching):
+        for make in makes:
             train(make, "eager", None, num_steps=0)
-        modules = [*collector.modules, small_graph(), operator_graph()]
-        backends.InductorBackend(directory).prepare(modules)
-    return directory
+        backends.InductorBackend(directory).prepare([*collector.modules, *graphs])
 
 
 class Collector(backends.EagerBackend):
@@ -155,13 +160,15 @@ def make_conv():
     return lower, upper
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_convolutions_with_batch_norm_train_as_eager_does(cache_dir, monkeypatch):
+def test_convolutions_with_batch_norm_train_as_eager_does(tmp_path, monkeypatch):
     """The last batch is smaller: one graph holds for both sizes, torch's own second derivatives would not."""
+    compile_into(tmp_path, [make_conv])
     monkeypatch.setattr(
         backend_module, "compile_jobs", lambda *args, **options: pytest.fail("compiled during training")
     )
-    assert_same_training(make_conv, cache_dir)
+    assert_same_training(make_conv, tmp_path)
 
 
 class ByBatchSize(bilevel.Classifier):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.extras import extras
+
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
@@ -33,7 +35,10 @@ def run(program, *arguments):
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda"])
+@pytest.mark.parametrize(
+    "name",
+    extras(["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda"], lambda n: n == "test_glm_cuda"),
+)
 @pytest.mark.parametrize(
     "flags", [pytest.param((), id="plain"), pytest.param(SANITIZE, id="asan", marks=pytest.mark.slow)]
 )

@@ -27,6 +27,34 @@ def test_five_batch_sizes_compile_once():
     assert [len(c) for c in plan._report.graphs.values()] == [1, 1]
 
 
+def num_free_sizes(plan):
+    graph = plan._executor.derivatives("classifier", plan._executor.latest_batch("classifier")).graphs.gradient
+    inputs = [n.meta["val"] for n in graph.traced.module.graph.nodes if n.op == "placeholder"]
+    return sum(not isinstance(size, int) for value in inputs for size in value.shape)
+
+
+def test_the_sizes_of_the_only_batch_are_fixed():
+    """Another one, of a hypergradient say, is captured once more, for any size from then on."""
+    plan, lower, _ = compiled(sizes=(12,), dtype=torch.float64)
+    assert num_free_sizes(plan) == 0 < num_free_sizes(compiled(sizes=(12, 12))[0])
+    plan.run(6)
+    calls = lower.num_calls
+    plan.run(6)
+    assert lower.num_calls == calls
+    free, first, second = compiled(sizes=(12, 12), dtype=torch.float64)
+    for mine, other in zip(plan.graph.problems.values(), (first, second), strict=True):
+        other.module.load_state_dict(mine.module.state_dict())
+    upper = plan.graph.problems["reweight"]
+    for size in (7, 9, 5):
+        batch = torch.randn(size, 6, dtype=torch.float64), torch.randint(0, 3, (size,))
+        before = upper.num_calls
+        got = plan.hypergradient("reweight", batch=batch)
+        assert (upper.num_calls > before) == (size == 7)
+        free._executor.states["classifier"].samples = plan._executor.states["classifier"].samples
+        for key, value in free.hypergradient("reweight", batch=batch).items():
+            torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-12)
+
+
 def test_lower_steps_equal_ordinary_training():
     """A lowest problem steps exactly as the user's own loop would."""
     plan, lower, upper = compiled(dtype=torch.float64, sizes=(12, 7))

@@ -61,6 +61,7 @@ def assert_program_agrees(program, plan, folder, result):
     assert done.stdout == f"hypergradient of {len(got)} elements, norm {got.norm().item():.6g}\n"
 
 
+@pytest.mark.slow
 @needs_compiler
 @needs_cmake
 def test_the_program_computes_what_the_plan_does(program, exported, tmp_path):
@@ -81,6 +82,7 @@ def test_the_program_with_other_estimators(estimator, program, tmp_path):
     assert_program_agrees(program, plan, tmp_path / "exported", tmp_path / "result.pt")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_packages_against_dense_algebra(exported):
     """Of other inputs than those they were made of: no value is baked in."""
