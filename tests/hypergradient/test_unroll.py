@@ -360,6 +360,7 @@ def test_learned_settings_need_an_unroll():
         mlopt.compile(graph, progress=False)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_square_root_of_the_steps():
     """Peak of live tensors above what the program itself needs, at 100 steps against 10; in a process of its own."""
     command = [sys.executable, "-m", "tests.hypergradient.unroll_memory", "10", "100"]
