@@ -49,8 +49,9 @@ def allocating_cg_step(x, r, p, ap, state):
     return x_new, r_new, r_new + rr / state[0] * p
 
 
-def measure(n: int, device: str, repeats: int) -> dict[str, object]:
+def measure(n: int, device: str, *, smoke: bool) -> dict[str, object]:
     """Check, then time every op at one size."""
+    repeats = 3 if smoke else 15
     with torch.no_grad():
         got, expected = case(n, device), case(n, device)
         ops.cg_step_(*got)
@@ -59,7 +60,7 @@ def measure(n: int, device: str, repeats: int) -> dict[str, object]:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         x, r, p, ap, _ = case(n, device)
         step, out = torch.ones((), device=device), torch.empty(n, device=device)
-        compiled_cg_step = torch.compile(torch_cg_step, backend="eager" if repeats < 5 else "inductor")
+        compiled_cg_step = torch.compile(torch_cg_step, backend="eager" if smoke else "inductor")
         solve = case(n, device)
 
         vectors = {  # vector passes over memory that each op needs at least
@@ -106,7 +107,7 @@ def main() -> None:
     result = {**timing.describe(args.device), "build": ops.build_config(), "sizes": []}
     print(f"{result['device']}, torch {result['torch']}, {result['threads']} threads; float32, medians")
     for n in sizes:
-        entry = measure(n, args.device, 3 if args.smoke else 15)
+        entry = measure(n, args.device, smoke=args.smoke)
         result["sizes"].append(entry)
         print(f"\n{n:,} elements     time/bound   torch/ours")
         for name, ratio in entry["over_bound"].items():

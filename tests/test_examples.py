@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.extras import extras
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,7 +46,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "darts" else n for n in SMALL])
+@pytest.mark.parametrize("name", extras(SMALL, lambda name: name == "darts"))
 def test_example(name, tmp_path):
     """It runs, prints the plan and a table, and saves its figure; the figures of the README need the whole run."""
     if name == "reward":

@@ -1,7 +1,6 @@
 // Between tensors and the kernels of the family `glm`: checks, packing (see glm.h), workspaces.
 #pragma once
 
-#include <ATen/OpMathType.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -38,10 +37,17 @@ struct Sizes {
   }
 };
 
+inline GlmStorage storage_of(const at::Tensor& x) {
+  return x.scalar_type() == at::kHalf ? kGlmFloat16 : x.scalar_type() == at::kBFloat16 ? kGlmBFloat16 : kGlmWide;
+}
+
 // What products with X are computed with, and the device.
 inline at::TensorOptions options_for(const at::Tensor& x) {
-  return x.options().dtype(at::toOpMathType(x.scalar_type()));
+  return storage_of(x) == kGlmWide ? x.options() : x.options().dtype(at::kFloat);
 }
+
+// X as the kernels read it, see GlmProduct::x.
+inline at::Tensor readable(const at::Tensor& x) { return (x.is_cpu() ? x.to(options_for(x).dtype()) : x).contiguous(); }
 
 inline void check(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef shape,
                   const at::TensorOptions& options) {
@@ -108,8 +114,7 @@ struct Operands {
   int64_t chunk_rows;
   bool forward = true, backward = true;
 
-  Operands(const Sizes& sizes, const at::Tensor& x_)
-      : s(sizes), x((x_.is_cpu() ? x_.to(sizes.options.dtype()) : x_).contiguous()) {  // see GlmProduct::x
+  Operands(const Sizes& sizes, const at::Tensor& x_) : s(sizes), x(readable(x_)) {
     const int64_t columns = s.rhs * s.classes;
     chunk_rows = (x.is_cpu() ? glm_chunk_rows_cpu : glm_chunk_rows_cuda)(s.rows, s.features, columns);
     partials =
@@ -165,7 +170,7 @@ struct Operands {
     const auto write = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
     GlmProduct<T> q{};
     q.x = x.const_data_ptr();
-    q.storage = x.scalar_type() == at::kHalf ? kGlmFloat16 : x.scalar_type() == at::kBFloat16 ? kGlmBFloat16 : kGlmWide;
+    q.storage = storage_of(x);
     q.v = read(v);
     q.diagonal = read(diagonal);
     q.out = write(out);

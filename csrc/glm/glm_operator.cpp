@@ -29,7 +29,7 @@ glm::Sizes sizes_for(const at::Tensor& x, int64_t classes, int64_t rhs, bool bia
 
 GlmOperator::GlmOperator(const at::Tensor& x, const std::string& kind, const at::Tensor& curvature,
                          const at::Tensor& positions, int64_t size, bool bias, std::optional<at::Tensor> diagonal)
-    : x_(x.is_cpu() ? x.to(glm::options_for(x).dtype()).contiguous() : x.contiguous()),  // see GlmProduct::x
+    : x_(glm::readable(x)),
       curvature_(curvature.contiguous()),
       positions_(positions.contiguous()),
       diagonal_(diagonal ? diagonal->contiguous() : at::Tensor()),

@@ -79,17 +79,15 @@ def hooks_of(optimizer: torch.optim.Optimizer) -> tuple[Mapping[int, Any], ...]:
 class _Setting:
     """One entry of a param group."""
 
-    __slots__ = ("free", "is_list", "value")
+    __slots__ = ("free", "value")
 
     def __init__(self, value: Any, steers: bool) -> None:
-        self.is_list = type(value) is list
-        self.value = list(value) if self.is_list else value
+        self.value = list(value) if type(value) is list else value  # a list may be written into
         self.free = type(value) if type(value) in (float, int) and not steers else None  # an input of the graph
 
     def is_unchanged(self, value: Any) -> bool:
         if value is self.value or type(value) is self.free:
             return True
-        # A list may have been written into; a tensor compares element by element.
         return self.free is None and type(value) is type(self.value) and bool(value == self.value)
 
 

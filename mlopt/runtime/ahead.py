@@ -47,11 +47,8 @@ class AheadRunner:
         if not all(stream.may_run_ahead for stream in streams.values()):
             return 1
         compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())
-        for name, stream in streams.items():
-            batch = stream.peek()
-            if not stream.is_still:
-                self._executor.derive.user_code_ran()
-            derivatives = self._executor.derivatives(name, batch)
+        for name in streams:
+            derivatives = self._executor.derivatives(name, self._executor.next_batches(name, 1)[0])
             num_drawing += derivatives.is_random
             compiled |= derivatives.step is not None and derivatives.step.is_used()
         if num_drawing > 1 or not compiled:
@@ -95,9 +92,7 @@ class AheadRunner:
         state, problem = self._executor.states[name], self._executor.problems[name]
         if count == 1 or not self._executor.plan[name].runs_ahead:
             return self._single(name)
-        batches = state.stream.ahead(min(count, _MOST_STILL if state.stream.is_still else _MOST_FETCHED))
-        if not state.stream.is_still:
-            self._executor.derive.user_code_ran()
+        batches = self._executor.next_batches(name, min(count, _MOST_STILL if state.stream.is_still else _MOST_FETCHED))
         derivatives = self._executor.derivatives(name, batches[0])
         if derivatives.is_random and len(batches) == count:
             batches.pop()  # the last step is made by itself: hypergradients need the random numbers it began with

@@ -162,6 +162,12 @@ class Executor:
         self.derive.begin()
         return self.derive(name, batch)
 
+    def next_batches(self, name: str, count: int) -> list[Batch]:
+        """Fetch the next batches of a problem without using them up."""
+        if not self.states[name].stream.is_still:
+            self.derive.user_code_ran()  # it does, in the loader
+        return self.states[name].stream.ahead(count)
+
     def compiled_step(self, name: str, derivatives: AbstractDerivatives) -> CompiledStep | None:
         """Return the compiled step if it is what the live optimizer would do now."""
         step = derivatives.step
@@ -184,11 +190,9 @@ class Executor:
         draws = self.problems[name].draws_batches
         if draws:  # from an environment, say, that an inner loop begins by resetting
             self._start_inner_loop(name)
-        batches = state.stream.ahead(count)
+        batches = self.next_batches(name, count)
         if state.stream.take_restart() and self.problems[name].has_epoch_callback:
             self.problems[name].epoch_callback()
-            self.derive.user_code_ran()
-        if not state.stream.is_still:
             self.derive.user_code_ran()
         if not draws:
             self._start_inner_loop(name)
@@ -354,7 +358,7 @@ class Executor:
     def evaluate(self, name: str, batches: Sequence[Batch] | None = None) -> Pass:
         """Run a problem's instructions at the present state, its update excepted; nothing is changed."""
         if batches is None:
-            batches = self.states[name].stream.ahead(self.problems[name].gradient_accumulation)
+            batches = self.next_batches(name, self.problems[name].gradient_accumulation)
         with silenced(), frozen_random_state(get_random_state(self.layouts[name].device)):
             return self._run(name, [Sample(b) for b in batches], keep_guesses=False)
 
@@ -371,10 +375,8 @@ class Executor:
 
         If it has made none, those it will take next.
         """
-        state = self.states[name]
-        if state.samples:
-            return state.samples
-        return tuple(Sample(b) for b in state.stream.ahead(self.problems[name].gradient_accumulation))
+        count = self.problems[name].gradient_accumulation
+        return self.states[name].samples or tuple(Sample(b) for b in self.next_batches(name, count))
 
     def latest_batch(self, name: str) -> Batch:
         """Return a batch of a problem's last step, or the one that was fetched for its first."""
