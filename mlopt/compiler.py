@@ -256,7 +256,7 @@ class Compiler:
             return loss
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
-        if isinstance(graphs, DerivativeGraphs) and self.backend.compiles:
+        if isinstance(graphs, DerivativeGraphs) and self.backend.compiles_on(self.layouts[name].device):
             graphs = self._with_step(name, graphs)
         self.report.seconds["differentiate"] += time.perf_counter() - start
         return graphs

@@ -21,6 +21,7 @@ class GlmOperator final : public LinearOperator {
 
   at::Tensor apply(const at::Tensor& vector) override;
   at::Tensor apply_rows(const at::Tensor& rows) override;
+  bool can_be_recorded() const override { return true; }
 
  private:
   // Vectors [T, K, N] -> [T, K, N].

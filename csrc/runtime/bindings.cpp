@@ -43,12 +43,16 @@ void bind_runtime(py::module& m) {
   m.def(
       "cg_solve",
       [](LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
-         double rtol, int64_t max_steps, int64_t check_every) {
-        const CgResult made = cg_solve(a, b, start, rtol, max_steps, check_every);
+         double rtol, int64_t max_steps, int64_t check_every, const py::object& recorder) {
+        const CgResult made = cg_solve(a, b, start, rtol, max_steps, check_every, recorder);
         return std::make_tuple(made.x, made.state, made.scale);
       },
       py::call_guard<py::gil_scoped_release>());
-  m.def("neumann_loop", &neumann_loop, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "neumann_loop",
+      [](LinearOperator& a, const at::Tensor& term, const at::Tensor& total, int64_t num_terms, double scale,
+         const py::object& recorder) { neumann_loop(a, term, total, num_terms, scale, recorder); },
+      py::call_guard<py::gil_scoped_release>());
 
   m.def("workspace_bytes", &workspace_bytes);
 
@@ -61,7 +65,12 @@ void bind_runtime(py::module& m) {
         if (result.error) std::rethrow_exception(result.error);
       });
   py::class_<Steps, std::shared_ptr<Steps>>(m, "Steps")
-      .def("run", &Steps::run, py::call_guard<py::gil_scoped_release>());
+      .def(
+          "run",
+          [](const Steps& steps, const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
+             const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times,
+             const py::object& recorder) { return steps.run(batches, order, numbers, leap, times, recorder); },
+          py::call_guard<py::gil_scoped_release>());
 
   using Pairs = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;
   py::class_<Call, std::shared_ptr<Call>>(m, "Call")

@@ -19,6 +19,10 @@ class LinearOperator {
   virtual ~LinearOperator() = default;
   virtual at::Tensor apply(const at::Tensor& vector) = 0;  // [N] -> [N]
 
+  // Whether a product always launches the same kernels on the same tensors, so that it can be recorded (see
+  // repeated.h).
+  virtual bool can_be_recorded() const { return false; }
+
   // [K, N] -> [K, N]: one map on every row, or map t on row t. By default `apply` on each row.
   virtual at::Tensor apply_rows(const at::Tensor& rows);
 
@@ -35,6 +39,7 @@ class PackageOperator final : public LinearOperator {
 
   at::Tensor apply(const at::Tensor& vector) override;
   at::Tensor apply_rows(const at::Tensor& rows) override;
+  bool can_be_recorded() const override { return true; }
 
  private:
   std::shared_ptr<Package> package_;
@@ -61,6 +66,7 @@ class DampedOperator final : public LinearOperator {
 
   at::Tensor apply(const at::Tensor& vector) override;
   at::Tensor apply_rows(const at::Tensor& rows) override;
+  bool can_be_recorded() const override { return inner_->can_be_recorded(); }
 
  private:
   const at::Tensor& damped(const at::Tensor& product, const at::Tensor& vector);

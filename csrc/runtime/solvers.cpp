@@ -9,6 +9,7 @@
 
 #include "../vector/vector.h"
 #include "../vector/vector_op.h"
+#include "repeated.h"
 #include "signals.h"
 #include "workspace.h"
 
@@ -16,6 +17,10 @@ namespace mlopt {
 namespace {
 
 at::Tensor product(LinearOperator& a, const at::Tensor& x) { return x.dim() == 1 ? a.apply(x) : a.apply_rows(x); }
+
+pybind11::handle recorder_for(const LinearOperator& a, pybind11::handle recorder) {
+  return a.can_be_recorded() ? recorder : pybind11::handle();
+}
 
 bool any_row_runs(const at::Tensor& state) {
   const at::Tensor host = state.is_cpu() ? state : state.cpu();
@@ -57,7 +62,7 @@ at::Tensor first_state(const at::Tensor& rr, const at::Tensor& tolerance) {
 }  // namespace
 
 CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
-                  double rtol, int64_t max_steps, int64_t check_every) {
+                  double rtol, int64_t max_steps, int64_t check_every, pybind11::handle recorder) {
   const at::NoGradGuard no_grad;
   const WorkspaceScope scope;
   SignalPoll poll;
@@ -74,20 +79,24 @@ CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<st
   at::Tensor p = r.clone();
   at::Tensor state = first_state(dot(r, r), at::mul(scale, rtol));
   at::Tensor workspace = cg_workspace(x);
+  Repeated make_step(recorder_for(a, recorder), max_steps, [&] { cg_step(x, r, p, product(a, p), state, workspace); });
   for (int64_t step = 0; step < max_steps; ++step) {
     if (step % check_every == 0 && !any_row_runs(state)) break;
-    cg_step(x, r, p, product(a, p), state, workspace);
+    make_step();
     poll();
   }
   return {x, state, scale};
 }
 
-void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale) {
+void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale,
+                  pybind11::handle recorder) {
   const at::NoGradGuard no_grad;
   const WorkspaceScope scope;
   SignalPoll poll;
+  Repeated make_step(recorder_for(a, recorder), num_terms - 1,
+                     [&] { neumann_step(term, total, product(a, term), scale); });
   for (int64_t k = 1; k < num_terms; ++k) {
-    neumann_step(term, total, product(a, term), scale);
+    make_step();
     poll();
   }
 }

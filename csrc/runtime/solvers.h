@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <optional>
@@ -23,11 +24,12 @@ struct CgResult {
 
 // Steps of conjugate gradients until no row runs any more, looked at every `check_every` steps, or `max_steps`. A row
 // runs until ||r|| <= rtol ||b||. `start`: a first guess and its residual; where that is larger than b, zero is the
-// better guess and is used.
+// better guess and is used. recorder: see repeated.h; used if `a` can be recorded.
 CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
-                  double rtol, int64_t max_steps, int64_t check_every);
+                  double rtol, int64_t max_steps, int64_t check_every, pybind11::handle recorder);
 
-// `num_terms - 1` steps of a Neumann series: term -= scale A term; total += term.
-void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale);
+// `num_terms - 1` steps of a Neumann series: term -= scale A term; total += term. recorder: as above.
+void neumann_loop(LinearOperator& a, at::Tensor term, at::Tensor total, int64_t num_terms, double scale,
+                  pybind11::handle recorder);
 
 }  // namespace mlopt

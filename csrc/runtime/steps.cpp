@@ -1,11 +1,14 @@
 #include "steps.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
 
+#include "repeated.h"
 #include "signals.h"
 #include "workspace.h"
 
@@ -22,7 +25,8 @@ Steps::Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, s
 }
 
 StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
-                       const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times) const {
+                       const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times,
+                       pybind11::handle recorder) const {
   for (size_t b : order) TORCH_CHECK(b < batches.size(), "steps: no batch ", b);
   const auto columns = static_cast<int64_t>(changing_.numbers.size());
   TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.dim() == 2 &&
@@ -31,19 +35,20 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
               "steps: expected float64 numbers of shape [", order.size(), ", ", columns, "] with contiguous rows");
   const bool uniform = batches.size() == 1 && numbers.stride(0) == 0;
   const size_t leaps = leap != nullptr && uniform && !order.empty() ? (order.size() - 1) / times : 0;
-  if (leaps == 0) return loop(batches, order, numbers, {});
-  StepsResult first = leap->loop(batches, std::vector<size_t>(leaps, 0), numbers, {});
+  if (leaps == 0) return loop(batches, order, numbers, {}, recorder);
+  StepsResult first = leap->loop(batches, std::vector<size_t>(leaps, 0), numbers, {}, recorder);
   first.num_steps *= static_cast<int64_t>(times);
   first.computed.clear();
   if (first.error) return first;
   const std::vector<size_t> rest(order.size() - leaps * times, 0);
-  StepsResult last = loop(batches, rest, numbers, std::move(first.fed));
+  StepsResult last = loop(batches, rest, numbers, std::move(first.fed), recorder);
   last.num_steps += first.num_steps;
   return last;
 }
 
 StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
-                        const at::Tensor& numbers, std::vector<at::Tensor> fed_before) const {
+                        const at::Tensor& numbers, std::vector<at::Tensor> fed_before,
+                        pybind11::handle recorder) const {
   const at::NoGradGuard no_grad;
   const WorkspaceScope scope;
   std::vector<at::Tensor> inputs = inputs_;
@@ -70,7 +75,25 @@ StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, con
     inputs[static_cast<size_t>(input)] = std::move(own);
   }
 
+  bool in_place = recorder && !recorder.is_none() && static_cast<int64_t>(order.size()) >= kFewestWorthRecording;
+  // A copy keeps the strides that were compiled for if no element is missing or there twice.
+  for (const auto& pair : changing_.feedback) in_place = in_place && inputs[pair.second].is_non_overlapping_and_dense();
+  for (size_t j = 0; j < changing_.batch.size(); ++j)
+    in_place = in_place && (changing_.batch[j] < 0 || fitted[0][j].is_non_overlapping_and_dense());
+  std::vector<at::Tensor> written;  // the inputs that are fed back, where they stay in place
+  if (in_place) {
+    for (const auto& [output, input] : changing_.feedback) {
+      inputs[input] = inputs[input].clone();
+      written.push_back(inputs[input]);
+    }
+    for (size_t j = 0; j < changing_.batch.size(); ++j)
+      if (changing_.batch[j] >= 0) inputs[static_cast<size_t>(changing_.batch[j])] = at::empty_like(fitted[0][j]);
+  }
+
   StepsResult result;
+  std::vector<at::Tensor> computed;
+  Repeated make_step(in_place ? recorder : pybind11::handle(), static_cast<int64_t>(order.size()),
+                     [&] { computed = package_->run(inputs); });
   std::vector<std::vector<at::Tensor>> kept(changing_.kept.size());
   SignalPoll poll;
   size_t present = batches.size();  // none
@@ -79,12 +102,18 @@ StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, con
     for (size_t batch : order) {
       if (batch != present) {
         present = batch;
-        for (size_t j = 0; j < changing_.batch.size(); ++j)
-          if (changing_.batch[j] >= 0) inputs[static_cast<size_t>(changing_.batch[j])] = fitted[batch][j];
+        for (size_t j = 0; j < changing_.batch.size(); ++j) {
+          if (changing_.batch[j] < 0) continue;
+          at::Tensor& input = inputs[static_cast<size_t>(changing_.batch[j])];
+          if (in_place)
+            input.copy_(fitted[batch][j]);
+          else
+            input = fitted[batch][j];
+        }
       }
       for (const auto& [slot, h] : slots) *slot = row[h];
       row += numbers.stride(0);
-      std::vector<at::Tensor> computed = package_->run(inputs);
+      make_step();
       std::vector<at::Tensor> fed;
       fed.reserve(changing_.feedback.size());
       for (const auto& [output, input] : changing_.feedback)
@@ -92,11 +121,16 @@ StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, con
       for (size_t k = 0; k < kept.size(); ++k) {
         if (changing_.kept[k] < 0) continue;
         const at::Tensor& value = computed.at(static_cast<size_t>(changing_.kept[k]));
-        if (value.numel() == 1) kept[k].push_back(value.reshape({}));
+        if (value.numel() == 1) kept[k].push_back(in_place ? value.reshape({}).clone() : value.reshape({}));
       }
       // Nothing can fail between here and the count: either all values are the new ones or none is.
-      for (size_t k = 0; k < fed.size(); ++k) inputs[changing_.feedback[k].second] = std::move(fed[k]);
-      result.computed = std::move(computed);
+      if (in_place) {
+        at::_foreach_copy_(written, fed);
+        result.computed = computed;
+      } else {
+        for (size_t k = 0; k < fed.size(); ++k) inputs[changing_.feedback[k].second] = std::move(fed[k]);
+        result.computed = std::move(computed);
+      }
       ++result.num_steps;
       poll();
     }

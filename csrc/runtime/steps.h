@@ -1,9 +1,12 @@
 // `Steps`: a package whose outputs are its next inputs, run many times without Python in between.
 //
-// The package is one optimizer step of a problem. Nothing is written in place: a step's new values become the next
-// step's inputs by handing over the tensors, and the caller copies the last ones into the live parameters and optimizer
-// state. So an error or Ctrl-C in the middle leaves the values after the last whole step.
+// The package is one optimizer step of a problem. The caller's tensors are not written: a step's new values become the
+// next step's inputs by handing over the tensors, and the caller copies the last ones into the live parameters and
+// optimizer state. So an error or Ctrl-C in the middle leaves the values after the last whole step. Where steps are
+// recorded (see repeated.h), inputs stay where they are, as tensors of the loop's own, and new values are copied in.
 #pragma once
+
+#include <pybind11/pybind11.h>
 
 #include <exception>
 #include <memory>
@@ -40,16 +43,18 @@ class Steps {
   // batches: each distinct one once; order: which of them each step takes; numbers: [steps, H] float64, a row per step,
   // or one row for all of them by a stride of 0. Then, and with a single batch, all steps but the last ones are made
   // `times` at a time by `leap`, if there is one: a graph that makes so many, feeds back the same values in the same
-  // order, and returns nothing else.
+  // order, and returns nothing else. recorder: see repeated.h; only for steps that are the same whatever the values on
+  // the host are: no random numbers, no batch, number or fed value there that changes.
   // Call it without the GIL. What is wrong with the arguments is thrown; what happens in a step is in the result.
   StepsResult run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
-                  const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times) const;
+                  const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times,
+                  pybind11::handle recorder) const;
 
  private:
   // fed_before: what takes the place of the inputs that are fed back, or nothing. The columns of `numbers` are read by
   // its stride, so it may have more rows than there are steps.
   StepsResult loop(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
-                   const at::Tensor& numbers, std::vector<at::Tensor> fed_before) const;
+                   const at::Tensor& numbers, std::vector<at::Tensor> fed_before, pybind11::handle recorder) const;
 
   std::shared_ptr<Package> package_;
   std::vector<at::Tensor> inputs_;

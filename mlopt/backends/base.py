@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 
@@ -88,6 +89,10 @@ class AbstractBackend(abc.ABC):
             modules: The graphs.
             progress: Called with the number of graphs compiled and to be compiled.
         """
+
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether graphs on a device become machine code."""
+        return self.compiles
 
     def seal(self) -> None:  # noqa: B027 - see above
         """Say that training begins: from now on lowering must be quick, at the price of slower graphs."""

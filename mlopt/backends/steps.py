@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mlopt import ops
 from mlopt.backends.base import Changing, Compiled
 
 
@@ -53,12 +54,16 @@ class StepsLoop:
         call: The graph.
         changing: Which arguments change from call to call.
         leap: What makes several calls at once, as long as others follow.
+        is_random: Whether the graph draws random numbers.
     """
 
-    def __init__(self, call: Compiled, changing: Changing, leap: Leap | None = None) -> None:
+    def __init__(
+        self, call: Compiled, changing: Changing, leap: Leap | None = None, *, is_random: bool = False
+    ) -> None:
         self._call = call
         self._changing = changing
         self._leap = leap
+        self._is_random = is_random
         # What was made for the last arguments. The next run has most often the same tensors, with new values.
         self._known: tuple[list[Any], tuple[Any, Any, Any]] | None = None
 
@@ -82,7 +87,8 @@ class StepsLoop:
         steps, results, leap = self._bind(arguments)
         if steps is None:
             return self._run_in_python(arguments, batches, order, numbers)
-        result = steps.run(batches, order, numbers, leap, self._leap.times if self._leap is not None else 1)
+        times = self._leap.times if self._leap is not None else 1
+        result = steps.run(batches, order, numbers, leap, times, self._recorder(arguments, numbers))
         error: BaseException | None = None
         try:
             result.raise_error()
@@ -96,6 +102,14 @@ class StepsLoop:
             for every, last in zip(result.kept, outputs, strict=False)
         ]
         return StepsOutcome(result.num_steps, result.fed, outputs, kept, error)
+
+    def _recorder(self, arguments: Sequence[Any], numbers: torch.Tensor) -> Any:
+        """Return what records a call, if all of them launch the same: a recording holds numbers of the host, too."""
+        devices = {arguments[position].device for _, position in self._changing.feedback}
+        constant = numbers.stride(0) == 0 or not self._changing.numbers
+        if self._is_random or not constant or len(devices) != 1:
+            return None
+        return ops.recorder_for(devices.pop())
 
     def _run_in_python(
         self,

@@ -40,14 +40,14 @@ def run_cg(
         x, the state (see `mlopt.ops.CgState`) and ``||b||``.
     """
     made: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _extension().cg_solve(
-        operator, b, start, rtol, max_steps, check_every
+        operator, b, start, rtol, max_steps, check_every, ops.recorder_for(b.device)
     )
     return made
 
 
 def run_neumann(operator: Any, term: torch.Tensor, total: torch.Tensor, num_terms: int, scale: float) -> None:
     """Run the loop of a Neumann series; writes its tensors like `mlopt.ops.neumann_step_`."""
-    _extension().neumann_loop(operator, term, total, num_terms, scale)
+    _extension().neumann_loop(operator, term, total, num_terms, scale, ops.recorder_for(term.device))
 
 
 @functools.cache

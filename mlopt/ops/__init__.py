@@ -1,8 +1,8 @@
 """Vector operations of the solvers: native kernels where they are built, plain torch otherwise.
 
 `library.py` loads the extension; `vector.py` (updates of solvers' vectors) and `glm.py` (losses that read parameters
-through ``X @ W``) hold the public functions, `reference/` their plain-torch twins. This package knows nothing of
-operators, solvers or problems.
+through ``X @ W``) hold the public functions, `reference/` their plain-torch twins; `recorder.py` records native loops
+as CUDA graphs. This package knows nothing of operators, solvers or problems.
 """
 
 from mlopt.ops.glm import (
@@ -19,6 +19,7 @@ from mlopt.ops.glm import (
     glm_neumann,
 )
 from mlopt.ops.library import BUILD_COMMAND, available, build_config, has_kernels, missing
+from mlopt.ops.recorder import recorder_for
 from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, is_native, neumann_step_, norm, perturb
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "neumann_step_",
     "norm",
     "perturb",
+    "recorder_for",
 ]

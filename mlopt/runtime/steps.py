@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mlopt.autodiff import RepeatedSteps, StepGraph
+from mlopt.autodiff import RepeatedSteps, StepGraph, draws_random
 from mlopt.backends import Changing, Compiled, Leap, StepsLoop, StepsOutcome
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch
@@ -53,8 +53,10 @@ class CompiledStep(LoweredUpdate):
         if several is not None and several[1].lowering.backend != "eager":
             repeated, several_call = several
             leap = Leap(several_call, dataclasses.replace(changing, feedback=repeated.feedback), repeated.times)
-        self._loop = StepsLoop(call, changing, leap)
-        self._keeping_loop = StepsLoop(call, dataclasses.replace(changing, num_kept=1 + graph.num_metrics))
+        is_random = any(draws_random(node) for node in graph.module.graph.nodes)
+        keeping = dataclasses.replace(changing, num_kept=1 + graph.num_metrics)
+        self._loop = StepsLoop(call, changing, leap, is_random=is_random)
+        self._keeping_loop = StepsLoop(call, keeping, is_random=is_random)
         self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
         self._unset = torch.zeros((), dtype=torch.float64)
 

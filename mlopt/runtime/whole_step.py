@@ -41,8 +41,6 @@ def add_updates(
     """
     if not planned.is_whole and not planned.reached:
         return graphs
-    if layout.device.type != "cpu":
-        return "steps as one graph are compiled for CPUs only"
     if problem.loss_scale is not None:
         return "its loss scale decides after each gradient whether a step is made"
     if problem.step_hooks():

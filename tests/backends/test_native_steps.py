@@ -9,9 +9,11 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
+from mlopt import ops
 from mlopt.backends import inductor
 from tests.helpers.extras import extras
-from tests.helpers.steps import assert_same_state, batches, compiled, problem, state_of
+from tests.helpers.recording import Recorder
+from tests.helpers.steps import Net, assert_same_state, batches, compiled, problem, state_of
 
 pytestmark = [
     pytest.mark.skipif(inductor.missing() is not None, reason=str(inductor.missing())),
@@ -41,6 +43,10 @@ def make(optimizer, **options):
 
 def nesterov(net):
     return optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+def nesterov_of_all(net):
+    return optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True)
 
 
 def adam(net):
@@ -153,3 +159,42 @@ def test_ctrl_c_ends_the_loop_after_a_whole_step(cache, monkeypatch):
     assert_same_state(state_of(ours), state_of(theirs), 0)
     plan.run(3), reference.run(3)
     assert_same_state(state_of(ours), state_of(theirs), 0)
+
+
+@pytest.mark.parametrize("count", [1, 3], ids=["one-batch", "batches"])
+def test_recorded_steps_are_the_same_steps(count, cache, monkeypatch):
+    """In place, as a CUDA graph has them: same bits, same metrics of every step, and the batches stay as they are."""
+    made = functools.partial(make, nesterov, data=batches(count), clip_norm=0.3)
+    ours, theirs = made(), made()
+    plan, reference = (compiled(p, "inductor", monkeypatch, cache_dir=cache) for p in (ours, theirs))
+    data = [(x.clone(), y.clone()) for x, y in ours.data]
+    recorder = Recorder()
+    for n in (2, 30, 5, 7):
+        results, expected = [], []
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "recorder_for", lambda device: recorder)
+            plan.run(n, on_results=lambda r, c, kept=results: kept.append(r["net"]))
+        reference.run(n, on_results=lambda r, c, kept=expected: kept.append(r["net"]))
+        assert_same_state(results, expected, 0)
+        assert_same_state(state_of(ours), state_of(theirs), 0)
+    assert recorder.num_recorded == 3  # two steps are too few
+    assert recorder.num_replayed == 29 + 4 + 6
+    plan.run(30), reference.run(30)  # on what recorded steps have left
+    assert_same_state(state_of(ours), state_of(theirs), 0)
+    assert_same_state(ours.data, data, 0)
+
+
+def test_steps_that_are_not_recorded(cache, monkeypatch):
+    """A recording would hold the numbers of one step, and the random numbers of one."""
+    recorder = Recorder()
+    for options, recorded in (
+        ({"scheduler": lambda o: lr_scheduler.ExponentialLR(o, 0.9)}, 0),
+        ({"net": functools.partial(Net, dropout=0.4)}, 0),
+        ({}, 1),
+    ):
+        plan = compiled(problem(nesterov_of_all, **options), "inductor", monkeypatch, cache_dir=cache)
+        recorder.num_recorded = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "recorder_for", lambda device: recorder)
+            plan.run(9)
+        assert recorder.num_recorded == recorded, options

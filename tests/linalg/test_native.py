@@ -10,6 +10,7 @@ import torch
 from mlopt import linalg, ops
 from mlopt.linalg import DampedOperator, FunctionOperator, MatrixOperator, Outcome
 from tests.helpers.quadratics import spd
+from tests.helpers.recording import Recorder
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason="needs the native extension")
 
@@ -168,3 +169,61 @@ def test_other_threads_run_during_a_loop():
     stop.set()
     thread.join()
     assert len(counted) > 3
+
+
+def kernel(n):
+    """A native operator that can be recorded, damped, and the same as a matrix."""
+    import mlopt._C
+
+    x = torch.randn(2 * n, n, dtype=torch.float64)
+    native = mlopt._C.GlmOperator(x, "diagonal", x.new_ones(2 * n, 1), torch.arange(n)[None], n, False, None)
+    linear = FunctionOperator(lambda v: pytest.fail("the loop ran in Python"), n, dtype=x.dtype, native=native)
+    return DampedOperator(linear, 0.1), x.T @ x + 0.1 * torch.eye(n, dtype=x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["one", "three"])
+def test_steps_are_recorded_once_per_solve(kind, monkeypatch):
+    """The first step runs as it is, the second is recorded, and it and the others are replayed."""
+    operator, matrix = kernel(9)
+    b = right_hand_sides(9, torch.float64)[kind]
+    plain = linalg.cg(operator, b, max_steps=6, rtol=0.0), linalg.neumann(operator, b, num_terms=7, scale=1e-3)
+    recorder = Recorder()
+    monkeypatch.setattr(ops, "recorder_for", lambda device: recorder)
+    for _ in range(2):
+        recorder.num_recorded = recorder.num_replayed = 0
+        recorded = linalg.cg(operator, b, max_steps=6, rtol=0.0), linalg.neumann(operator, b, num_terms=7, scale=1e-3)
+        for got, expected in zip(recorded, plain, strict=True):
+            assert_same(got, expected)
+        assert (recorder.num_recorded, recorder.num_replayed) == (2, 10)
+    full = linalg.cg(operator, b, max_steps=50, rtol=1e-12)
+    torch.testing.assert_close(full.value, b @ torch.linalg.inv(matrix), rtol=1e-8, atol=1e-10)
+
+
+def test_what_is_not_recorded(monkeypatch):
+    """Functions in Python, loops of a few steps, and whatever the recorder cannot record: these run as they are."""
+    operator, _ = kernel(9)
+    _, callback, _ = operators(spd(3, 9))
+    b = right_hand_sides(9, torch.float64)["one"]
+    for solved, fails, recorded in (
+        (lambda: linalg.cg(callback, b, max_steps=6), False, 0),
+        (lambda: linalg.cg(operator, b, max_steps=3), False, 0),
+        (lambda: linalg.neumann(operator, b, num_terms=4, scale=1e-3), False, 0),
+        (lambda: linalg.cg(operator, b, max_steps=6, rtol=0.0), True, 1),
+    ):
+        plain, recorder = solved(), Recorder(fails=fails)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "recorder_for", lambda device, given=recorder: given)
+            assert_same(solved(), plain)
+        assert (recorder.num_recorded, recorder.num_replayed) == (recorded, 0)
+
+
+def test_what_recording_raises_comes_back(monkeypatch):
+    operator, _ = kernel(9)
+
+    class Interrupted:
+        def record(self, body):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "recorder_for", lambda device: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        linalg.cg(operator, torch.ones(9, dtype=torch.float64), max_steps=6)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import fx
 
 from mlopt import ops
@@ -131,6 +132,10 @@ class InductorBackend(AbstractBackend):
             for _, job in jobs.values():
                 Path(job.path).unlink(missing_ok=True)
 
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether graphs on a device are compiled: where the faster is kept, on CPUs only."""
+        return not self._measure or device.type == "cpu"
+
     def seal(self) -> None:
         """Compile nothing any more; the cache is still looked at."""
         self._sealed = True
@@ -166,6 +171,6 @@ class InductorBackend(AbstractBackend):
         except Exception as error:  # a graph of a kind never met must not stop the compilation
             logger.debug("a graph could not be read", exc_info=True)
             return _Lowered(error=f"{type(error).__name__}: {error}")
-        if self._measure and any(x.device.type != "cpu" for x in spec.inputs):
+        if not all(self.compiles_on(x.device) for x in spec.inputs):
             return _Lowered(error="backend='auto' compiles for CPUs only; backend='inductor' compiles for GPUs too")
         return _Lowered(spec, plan, options, spec.digest(str(options), machine(), f"format {_FORMAT}"))

@@ -49,6 +49,10 @@ class NativeBackend(AbstractBackend):
                 self._prepared[module] = lower_skinny_products(module)
         self._other.prepare([skinny for skinny, _ in (self._prepared[m] for m in modules)], progress)
 
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether the other backend compiles there."""
+        return self._other.compiles_on(device)
+
     def seal(self) -> None:
         """Seal the other backend; kernels need no compilation."""
         self._other.seal()

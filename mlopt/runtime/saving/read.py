@@ -162,7 +162,7 @@ class _SavedDerivatives:
             self._captures[name] = []
             for made, signature in found:
                 joined: DerivativeGraphs | str = made
-                if backend.compiles:
+                if backend.compiles_on(layouts[name].device):
                     joined = add_updates(made, self._problems[name], layouts[name], content["program"][name])
                 if isinstance(joined, str):
                     report.eager_updates[name] = joined
