@@ -97,7 +97,7 @@ class Compiler:
         self._known: dict[tuple[object, ...], AbstractDerivatives] = {}
         self._attributes: dict[str, tuple[ReadAttribute, ...]] = {}  # plain values that are constants of the graphs
         self._num_changes: collections.Counter[str] = collections.Counter()  # captures because such a value changed
-        self._only_batches: dict[str, tuple[Any, ...]] = {}  # signatures, of problems that always take the same batch
+        self._only_batches: dict[str, tuple[Any, ...]] = {}  # signatures, of problems whose batches are of one size
         self._ready: dict[str, DerivativeGraphs | Island] = {}  # differentiated on the first batch, not yet lowered
 
     def capture(self, name: str) -> None:
@@ -296,9 +296,9 @@ class Compiler:
         for problem in problems.values():
             problem.bind(problems)  # a problem may also be part of another graph
         one = batch if self.axes[name] is None else batch.of_task(0)
-        # Where every step takes the same batch, its sizes are known; should another one come all the same, it is
-        # captured for any number of samples.
-        fixed = self.streams[name].has_one_batch and batch.signature() == self._only_batches.setdefault(
+        # Where all batches are of one size, it is known; should another one come all the same, it is captured for any
+        # number of samples.
+        fixed = self.streams[name].has_one_size and batch.signature() == self._only_batches.setdefault(
             name, batch.signature()
         )
         try:

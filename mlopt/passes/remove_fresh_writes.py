@@ -6,6 +6,10 @@ import torch
 from torch import fx
 
 
+# Functional forms with another name for their overload. Dropout's mask is written by the first.
+_RENAMED = {torch.ops.aten.bernoulli_.float: torch.ops.aten.bernoulli.p}
+
+
 def remove_fresh_writes_pass(module: fx.GraphModule) -> fx.GraphModule:
     """Replace ``op_(x, ...)`` by ``op(x, ...)`` where nothing else can see x.
 
@@ -41,14 +45,19 @@ def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
         return None
     if node.all_input_nodes.count(written) != 1 or not _same_dtype(node, written):
         return None
-    namespace, name = target._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    functional = getattr(packet, target._overloadname, None) if name.endswith("_") and packet is not None else None
+    functional = _RENAMED.get(target) or _of_same_name(target)
     if functional is None or functional._schema.is_mutable:
         return None
     if [a.name for a in functional._schema.arguments] != [a.name for a in target._schema.arguments]:
         return None
-    return functional
+    required = [a for a in functional._schema.arguments if not a.has_default_value() and not a.kwarg_only]
+    return functional if len(node.args) >= len(required) else None
+
+
+def _of_same_name(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    namespace, name = target._schema.name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, target._overloadname, None) if name.endswith("_") and packet is not None else None
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from mlopt.capture import BatchSpec, flatten_batch
 from mlopt.capture.packing import pack, unpack
 from mlopt.errors import DataError
 from mlopt.problem import Problem
 from mlopt.runtime.rng import get_all_generators, set_all_generators
+
+# Batches whose sizes are compared; a longer list counts as one of different sizes.
+_MOST_COMPARED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +68,12 @@ class BatchStream:
         return self._is_still
 
     @property
-    def has_one_batch(self) -> bool:
-        """Whether every step takes the same batch: data that is a list of one."""
-        return self._is_still and self._problem.data is not None and len(self._problem.data) == 1  # type: ignore[arg-type]
+    def has_one_size(self) -> bool:
+        """Whether all batches are of the same sizes, as far as that is known: data that is a short list of such."""
+        data = self._problem.data
+        if not self._is_still or data is None or len(data) > _MOST_COMPARED:  # type: ignore[arg-type]
+            return False
+        return len({tuple(getattr(leaf, "shape", None) for leaf in tree_leaves(entry)) for entry in data}) == 1
 
     @property
     def may_run_ahead(self) -> bool:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mlopt.autodiff.trace import keep_random_layout
 from mlopt.passes import (
     has_writes,
     merge_equal_nodes_pass,
@@ -118,3 +120,22 @@ def test_writes_with_a_free_size():
     expected = module(X)
     assert not has_writes(remove_fresh_writes_pass(module))
     torch.testing.assert_close(module(X), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.t()], ids=["", "transposed"])
+def test_masks_of_dropout(layout):
+    """The functional operation draws as the writing one does, once `keep_random_layout` has seen it."""
+    module = make_fx(lambda x: (F.dropout(layout(x), 0.3),))(X)
+    assert has_writes(module)
+    torch.manual_seed(5)
+    expected = F.dropout(layout(X), 0.3)
+    assert not has_writes(remove_fresh_writes_pass(module))
+    keep_random_layout(module)
+    torch.manual_seed(5)
+    torch.testing.assert_close(module(X)[0], expected, rtol=0, atol=0)
+
+
+def test_a_mask_without_a_given_probability_stays():
+    module = make_fx(lambda x: (torch.empty_like(x).bernoulli_(),))(X)
+    list(module.graph.nodes)[-2].args = list(module.graph.nodes)[-2].args[:1]
+    assert has_writes(remove_fresh_writes_pass(module))
