@@ -43,7 +43,7 @@ class Problem:
             loaders, as a dict or as a tuple or list of `DataLoader`, give one batch of all of them in a dict or tuple;
             each starts over by itself when it ends. A problem that overrides `get_batch` needs none. Sizes of batches
             may change from step to step; they are taken to be fixed, until one of another size comes, where the data is
-            a list of one batch.
+            a list of batches of one size.
         scheduler: Optional learning-rate scheduler, any of torch's; its ``step()`` is called after each optimizer step.
             ``ReduceLROnPlateau`` is given the loss of the step, unless there is a `scheduler_metric`.
         scheduler_metric: For ``ReduceLROnPlateau``: the number of `Engine`'s `validate` that it looks at, after each

@@ -10,7 +10,11 @@ update are taken of the optimizer's own code (`update.py`).
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph
 from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
-from mlopt.autodiff.linearization import LinearizationGraphs, linearization_graphs
+from mlopt.autodiff.linearization import (
+    LinearizationGraphs,
+    gradient_and_linearization_graphs,
+    linearization_graphs,
+)
 from mlopt.autodiff.recompute import Recompute, SplitPolicy
 from mlopt.autodiff.repeat import RepeatedSteps, num_repeated, repeated_steps
 from mlopt.autodiff.rows import fits
@@ -40,6 +44,7 @@ __all__ = [
     "TracedGraph",
     "draws_random",
     "fits",
+    "gradient_and_linearization_graphs",
     "gradient_graph",
     "gradient_over_tasks",
     "linearization_graphs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,32 +66,74 @@ def gradient_graph(
     Returns:
         The graph, already through the default passes.
     """
-    own_layout = layouts[loss.problem]
-    buffers = loss.positions(InputRole.BUFFER)
 
     def compute(tensors: list[torch.Tensor]) -> Outputs:
-        values, own = prepare(loss, tensors, own_layout)
-        reads = {name: read_parameters(loss, values, layouts[name]) for name in cotangents}
-        result = evaluate(loss, values)
-        wanted = _present([*own, *(t for group in reads.values() for t in group)])
-        gradients = _first_derivatives(loss, values, result[0], wanted)
-        own_gradients = [None if t is None else next(gradients) for t in own]
-        flat = [
-            layouts[name].flatten([None if t is None else next(gradients) for t in group])
-            for name, group in reads.items()
-        ]
-        return [
-            result[0].detach(),
-            *(m.detach() if isinstance(m, torch.Tensor) else m for m in result[1:]),
-            *own_gradients,
-            *flat,
-            *(values[i] for i in buffers),
-        ]
+        values, own = prepare(loss, tensors, layouts[loss.problem])
+        return first_order(loss, values, own, layouts, cotangents).outputs
 
     traced = trace(compute, inputs, loss.dynamic_dims, loss.positions(InputRole.BATCH))
     run_default_passes(traced.module)
-    written = _drop_unwritten_buffers(traced.module, buffers)
-    return GradientGraph(traced, own_layout.names, tuple(cotangents), written)
+    return gradient_graph_of(traced, loss, layouts, cotangents)
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOrder:
+    """What one forward and one backward of a loss compute.
+
+    Attributes:
+        outputs: Those of `GradientGraph`, but for one value per buffer, written or not.
+        scaled: The gradients of the scaled loss (see `mlopt.autodiff.loss_scale`), one per own trained parameter.
+    """
+
+    outputs: Outputs
+    scaled: list[torch.Tensor | None]
+
+
+def first_order(
+    loss: LossGraph,
+    values: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor | None],
+    layouts: Mapping[str, FlatLayout],
+    cotangents: Sequence[str],
+    *,
+    create_graph: bool = False,
+) -> FirstOrder:
+    """Run forward and backward; to be traced.
+
+    Args:
+        loss: The captured loss.
+        values: What `prepare` returned.
+        own: As well.
+        layouts: Flat layouts of all problems by name.
+        cotangents: See `gradient_graph`.
+        create_graph: Whether the gradients are differentiated again.
+    """
+    reads = {name: read_parameters(loss, values, layouts[name]) for name in cotangents}
+    result = evaluate(loss, values)
+    wanted = _present([*own, *(t for group in reads.values() for t in group)])
+    value = scaled(loss, values, result[0])
+    made = torch.autograd.grad(value, wanted, create_graph=create_graph, allow_unused=True)
+    gradients = iter(made)
+    own_gradients = [None if t is None else next(gradients) for t in own]
+    flat = [
+        layouts[name].flatten([None if t is None else unscaled(loss, values, next(gradients)) for t in group])
+        for name, group in reads.items()
+    ]
+    outputs = [
+        *result,
+        *(unscaled(loss, values, g) for g in own_gradients),
+        *flat,
+        *(values[i] for i in loss.positions(InputRole.BUFFER)),
+    ]
+    return FirstOrder([_without_graph(x) for x in outputs], own_gradients)
+
+
+def gradient_graph_of(
+    traced: TracedGraph, loss: LossGraph, layouts: Mapping[str, FlatLayout], cotangents: Sequence[str]
+) -> GradientGraph:
+    """Make the graph of a trace of `first_order` that has been through the default passes; it may be changed."""
+    written = _drop_unwritten_buffers(traced.module, loss.positions(InputRole.BUFFER))
+    return GradientGraph(traced, layouts[loss.problem].names, tuple(cotangents), written)
 
 
 def read_gradient_graph(
@@ -153,6 +196,10 @@ def read_parameters(loss: LossGraph, values: Sequence[torch.Tensor], layout: Fla
     """Return another problem's parameters among the loss's inputs, in that problem's layout order."""
     by_name = {loss.inputs[i].name: values[i] for i in loss.positions(InputRole.READ, layout.problem)}
     return [by_name.get(name) for name in layout.names]
+
+
+def _without_graph(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
 
 
 def _first_derivatives(

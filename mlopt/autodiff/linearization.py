@@ -1,7 +1,7 @@
 """Second-order products of one loss g at one point: ``H v`` and the mixed products ``(d2g/dr dtheta)^T q``.
 
-Both are the vector-Jacobian product of the gradient ``dg/dtheta`` (reverse over reverse), so one trace gives both. The
-trace is cut by use-def into
+Both are the vector-Jacobian product of the gradient ``dg/dtheta`` (reverse over reverse), so one trace gives both, and
+the graph of the gradient with them. The rest of the trace is cut by use-def into
 
 - a *primal* graph, everything that does not depend on the vector: forward and backward of g, run once per state;
 - a *tangent* graph per product, everything that does: run once per vector, on the residuals that the primal handed
@@ -19,15 +19,17 @@ recurrent and custom ones lack. Choosing per graph would double the time to trac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from mlopt.autodiff.gauss_newton import CutLoss, second_order_products
-from mlopt.autodiff.gradient import prepare, read_parameters
+from mlopt.autodiff.gradient import GradientGraph, first_order, gradient_graph_of, prepare, read_parameters
+from mlopt.autodiff.join import placeholders_of, results_of
 from mlopt.autodiff.layout import FlatLayout
-from mlopt.autodiff.loss_scale import evaluate, scaled, unit_length, unscaled
+from mlopt.autodiff.loss_scale import unit_length, unscaled
 from mlopt.autodiff.recompute import SplitPolicy, choose_residuals, count_recomputed, total_bytes
 from mlopt.autodiff.rows import over_rows
 from mlopt.autodiff.split import dependents, residuals_of
@@ -102,20 +104,41 @@ def linearization_graphs(
     Raises:
         LossError: ``curvature="ggn"``, and the loss has no convex loss function of network outputs.
     """
+    if hvp and curvature == "ggn":
+        traced = _trace_gauss_newton(loss, inputs, layouts, targets)
+        return _cut(traced, split, hvp=hvp, hvps_at_once=hvps_at_once, targets=tuple(targets))
+    options: dict[str, Any] = {"hvp": hvp, "targets": targets, "hvps_at_once": hvps_at_once, "split": split}
+    return gradient_and_linearization_graphs(loss, inputs, layouts, (), **options)[1]
+
+
+def gradient_and_linearization_graphs(
+    loss: LossGraph,
+    inputs: Sequence[torch.Tensor],
+    layouts: Mapping[str, FlatLayout],
+    cotangents: Sequence[str],
+    *,
+    hvp: bool,
+    targets: Sequence[str],
+    hvps_at_once: int = 0,
+    split: SplitPolicy = SplitPolicy(),  # noqa: B008 - it is immutable
+) -> tuple[GradientGraph, LinearizationGraphs]:
+    """Build the graphs of `mlopt.autodiff.gradient.gradient_graph` and `linearization_graphs` from one trace.
+
+    Half of the trace of the products is the gradient, and tracing is most of the time that compilation takes before
+    machine code. Arguments are those of the two functions.
+    """
     own_layout = layouts[loss.problem]
-    dtype, device = own_layout.dtype, own_layout.device
+    layouts_out = ([own_layout] if hvp else []) + [layouts[name] for name in targets]
 
     def compute(tensors: list[torch.Tensor]) -> Outputs:
         *tensors, flat = tensors
         flat, norm = unit_length(loss, flat)
         values, own = prepare(loss, tensors, own_layout)
         reads = [read_parameters(loss, values, layouts[name]) for name in targets]
-        result = evaluate(loss, values)
-        pairs = [(t, v) for t, v in zip(own, own_layout.split(flat), strict=True) if t is not None]
-        value = scaled(loss, values, result[0])
-        gradients = torch.autograd.grad(value, [t for t, _ in pairs], create_graph=True, allow_unused=True)
+        first = first_order(loss, values, own, layouts, cotangents, create_graph=True)
         # A gradient that is missing or constant has no second derivative; autograd would raise, zero is right.
-        curved = [(g, v) for g, (_, v) in zip(gradients, pairs, strict=True) if g is not None and g.requires_grad]
+        pairs = zip(first.scaled, own_layout.split(flat), strict=True)
+        curved = [(g, v) for g, v in pairs if g is not None and g.requires_grad]
         groups = ([own] if hvp else []) + reads
         wanted = [t for group in groups for t in group if t is not None]
         if curved and wanted:
@@ -124,14 +147,29 @@ def linearization_graphs(
             )
         else:
             products = iter([None] * len(wanted))
-        layouts_out = ([own_layout] if hvp else []) + [layouts[name] for name in targets]
         flattened = [
             layout.flatten([None if t is None else next(products) for t in group])
             for layout, group in zip(layouts_out, groups, strict=True)
         ]
-        return restored(values, flattened, norm)
+        return [*first.outputs, *_restored(loss, values, flattened, norm)]
 
-    def compute_gauss_newton(tensors: list[torch.Tensor]) -> Outputs:
+    joint = _trace(compute, loss, inputs, own_layout)
+    outputs = results_of(joint.module)
+    num_first = len(outputs) - len(layouts_out)
+    *placeholders, vector = placeholders_of(joint.module)
+    first = extract(joint.module, placeholders, outputs[:num_first], keep_random=True)
+    gradient = gradient_graph_of(TracedGraph(first, joint.guard), loss, layouts, cotangents)
+    products = extract(joint.module, [*placeholders, vector], outputs[num_first:], keep_random=True)
+    traced = TracedGraph(products, joint.guard)
+    return gradient, _cut(traced, split, hvp=hvp, hvps_at_once=hvps_at_once, targets=tuple(targets))
+
+
+def _trace_gauss_newton(
+    loss: LossGraph, inputs: Sequence[torch.Tensor], layouts: Mapping[str, FlatLayout], targets: Sequence[str]
+) -> TracedGraph:
+    own_layout = layouts[loss.problem]
+
+    def compute(tensors: list[torch.Tensor]) -> Outputs:
         *tensors, flat = tensors
         flat, norm = unit_length(loss, flat)
         values, own = prepare(loss, tensors, own_layout)
@@ -146,17 +184,29 @@ def linearization_graphs(
             layout.flatten([None if t is None else next(remaining) for t in group])
             for layout, group in zip([own_layout, *(layouts[name] for name in targets)], [own, *reads], strict=True)
         ]
-        return restored(values, flattened, norm)
+        return _restored(loss, values, flattened, norm)
 
-    def restored(values: list[torch.Tensor], products: list[torch.Tensor], norm: torch.Tensor | None) -> Outputs:
-        return [p if norm is None else unscaled(loss, values, p * norm.to(p.dtype)) for p in products]
+    return _trace(compute, loss, inputs, own_layout)
 
-    example = torch.empty(own_layout.size, dtype=dtype, device=device)
-    dynamic_dims = [*loss.dynamic_dims, frozenset()]
-    function = compute_gauss_newton if hvp and curvature == "ggn" else compute
+
+def _trace(
+    function: Callable[[list[torch.Tensor]], Outputs],
+    loss: LossGraph,
+    inputs: Sequence[torch.Tensor],
+    own_layout: FlatLayout,
+) -> TracedGraph:
+    """Trace a function of the loss's inputs and a vector [N]."""
+    example = torch.empty(own_layout.size, dtype=own_layout.dtype, device=own_layout.device)
+    dynamic_dims = [*loss.dynamic_dims, frozenset[int]()]
     traced = trace(function, [*inputs, example], dynamic_dims, loss.positions(InputRole.BATCH))
     run_default_passes(traced.module)
-    return _cut(traced, split, hvp=hvp, hvps_at_once=hvps_at_once, targets=tuple(targets))
+    return traced
+
+
+def _restored(
+    loss: LossGraph, values: list[torch.Tensor], products: list[torch.Tensor], norm: torch.Tensor | None
+) -> list[torch.Tensor]:
+    return [p if norm is None else unscaled(loss, values, p * norm.to(p.dtype)) for p in products]
 
 
 def _cut(

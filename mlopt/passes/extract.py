@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 
 def extract(
-    module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], *, keep_random: bool = False
+    module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[Any], *, keep_random: bool = False
 ) -> fx.GraphModule:
     """Copy the part of a graph that computes `outputs` from `inputs`.
 
     Args:
         module: The functional graph.
         inputs: Nodes that become placeholders, in this order.
-        outputs: Nodes that are returned as a tuple, in this order.
+        outputs: What is returned as a tuple, in this order: nodes, and None or numbers as they are.
         keep_random: Keep every random node, used or not. Two graphs of one loss draw the same masks from the same
             generator state only if both draw all of them.
 
@@ -29,7 +30,7 @@ def extract(
         copied[node] = graph.placeholder(node.name)
         copied[node].meta = dict(node.meta)
     needed: set[fx.Node] = set()
-    roots = list(outputs)
+    roots = [n for n in outputs if isinstance(n, fx.Node)]
     if keep_random:
         roots += [n for n in module.graph.nodes if draws_random(n)]
     stack = roots
@@ -42,7 +43,7 @@ def extract(
         if node in needed:
             assert node.op != "placeholder", f"{node} is needed but is no input of the extracted graph"
             copied[node] = graph.node_copy(node, lambda n: copied[n])
-    graph.output(tuple(copied[n] for n in outputs))
+    graph.output(tuple(copied[n] if isinstance(n, fx.Node) else n for n in outputs))
     graph.lint()
     return fx.GraphModule(module, graph)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-
 # Functional forms with another name for their overload. Dropout's mask is written by the first.
 _RENAMED = {torch.ops.aten.bernoulli_.float: torch.ops.aten.bernoulli.p}
 

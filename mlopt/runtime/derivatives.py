@@ -28,6 +28,7 @@ from mlopt.autodiff import (
     TotalUpdateGraph,
     draws_random,
     fits,
+    gradient_and_linearization_graphs,
     gradient_graph,
     gradient_over_tasks,
     linearization_graphs,
@@ -247,20 +248,17 @@ def differentiate(
         inputs = [t if d is None else t[0] for t, d in zip(whole, dims, strict=True)]
     single = {name: layout.of_one_task for name, layout in layouts.items()}
     linearization = read_gradient = None
-    if needs.hvp or needs.mixed:
-        linearization = linearization_graphs(
-            loss,
-            inputs,
-            single,
-            hvp=needs.hvp,
-            targets=needs.mixed,
-            curvature=needs.curvature,
-            hvps_at_once=0 if axis else needs.hvps_at_once,
-            split=split,
-        )
+    given, at_once = (loss, inputs, single), 0 if axis else needs.hvps_at_once
+    products: dict[str, Any] = {"hvp": needs.hvp, "targets": needs.mixed, "hvps_at_once": at_once, "split": split}
+    if not (needs.hvp or needs.mixed):
+        gradient = gradient_graph(*given, needs.cotangents)
+    elif needs.hvp and needs.curvature == "ggn":  # its network outputs are leaves of their own: another backward
+        gradient = gradient_graph(*given, needs.cotangents)
+        linearization = linearization_graphs(*given, curvature=needs.curvature, **products)
+    else:
+        gradient, linearization = gradient_and_linearization_graphs(*given, needs.cotangents, **products)
     if needs.read_gradients:
-        read_gradient = read_gradient_graph(loss, inputs, single, needs.read_gradients)
-    gradient = gradient_graph(loss, inputs, single, needs.cotangents)
+        read_gradient = read_gradient_graph(*given, needs.read_gradients)
     if axis is not None:
         layout = layouts[loss.problem]
         own = torch.empty(layout.vector_shape, dtype=layout.dtype, device=layout.device)

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from mlopt import ops
+from mlopt import linalg, ops
+from mlopt.linalg.native import run_cg
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason="the extension is not built")
 
@@ -14,12 +15,10 @@ KEPT_AT_MOST = 1 << 21  # kMaxKept of csrc/runtime/workspace.h
 
 def solve(size=40, seed=0):
     """Conjugate gradients on a diagonal matrix, through a Python callback; what came of it, and the solution."""
-    from mlopt import _C
-
     generator = torch.Generator().manual_seed(seed)
     diagonal = torch.rand(size, generator=generator, dtype=torch.float64) + 0.5
     b = torch.randn(size, generator=generator, dtype=torch.float64)
-    x, _, _ = _C.cg_solve(_C.CallbackOperator(lambda v: diagonal * v), b, None, 1e-14, 3 * size, 1)
+    x, _, _ = run_cg(linalg.native_callback(lambda v: diagonal * v), b, None, 1e-14, 3 * size, 1)
     return x, b / diagonal
 
 
@@ -66,7 +65,7 @@ def test_torch_is_as_it_was_after_an_error():
         raise ZeroDivisionError("in the product")
 
     with pytest.raises(ZeroDivisionError):
-        _C.cg_solve(_C.CallbackOperator(fail), torch.ones(40), None, 1e-6, 5, 1)
+        run_cg(linalg.native_callback(fail), torch.ones(40), None, 1e-6, 5, 1)
     kept = _C.workspace_bytes()
     tensors = [torch.empty(40) for _ in range(10)]
     assert _C.workspace_bytes() == kept

@@ -33,15 +33,16 @@ def num_free_sizes(plan):
     return sum(not isinstance(size, int) for value in inputs for size in value.shape)
 
 
-def test_the_sizes_of_the_only_batch_are_fixed():
+@pytest.mark.parametrize("sizes", [(12,), pytest.param((12, 12), marks=pytest.mark.slow)], ids=["one", "two"])
+def test_the_only_size_of_batches_is_fixed(sizes):
     """Another one, of a hypergradient say, is captured once more, for any size from then on."""
-    plan, lower, _ = compiled(sizes=(12,), dtype=torch.float64)
-    assert num_free_sizes(plan) == 0 < num_free_sizes(compiled(sizes=(12, 12))[0])
+    plan, lower, _ = compiled(sizes=sizes, dtype=torch.float64)
     plan.run(6)
     calls = lower.num_calls
     plan.run(6)
     assert lower.num_calls == calls
-    free, first, second = compiled(sizes=(12, 12), dtype=torch.float64)
+    free, first, second = compiled(sizes=(12, 7), dtype=torch.float64)
+    assert num_free_sizes(plan) == 0 < num_free_sizes(free)
     for mine, other in zip(plan.graph.problems.values(), (first, second), strict=True):
         other.module.load_state_dict(mine.module.state_dict())
     upper = plan.graph.problems["reweight"]
