@@ -205,7 +205,7 @@ def _trace(
 
 def _restored(
     loss: LossGraph, values: list[torch.Tensor], products: list[torch.Tensor], norm: torch.Tensor | None
-) -> list[torch.Tensor]:
+) -> Outputs:
     return [p if norm is None else unscaled(loss, values, p * norm.to(p.dtype)) for p in products]
 
 
