@@ -1,9 +1,14 @@
 #include "workspace.h"
 
 #include <c10/core/CPUAllocator.h>
+#ifdef __linux__
+#include <malloc.h>
+#endif
 
 #include <bit>
+#include <cstdint>
 #include <cstdlib>
+#include <new>
 
 namespace mlopt {
 namespace {
@@ -11,16 +16,15 @@ namespace {
 constexpr size_t kAlign = 64;                                        // as torch's own allocator
 constexpr int kNumSizes = std::countr_zero(kMaxBlock / kAlign) + 1;  // 64 bytes, 128 bytes, ...
 
-// In front of every block.
-struct alignas(kAlign) Header {
-  Header* next;
-  int size;  // the block has kAlign << size bytes
+// What a block holds while nobody uses it.
+struct Free {
+  Free* next;
 };
 
 size_t bytes_of(int size) { return kAlign << size; }
 
 struct Lists {
-  Header* first[kNumSizes] = {};
+  Free* first[kNumSizes] = {};
   size_t bytes = 0;
 
   ~Lists();
@@ -32,58 +36,64 @@ thread_local int depth = 0;  // of scopes
 
 Lists::~Lists() {
   gone = true;
-  for (Header* block : first)
+  for (Free* block : first)
     while (block != nullptr) {
-      Header* next = block->next;
+      Free* next = block->next;
       std::free(block);
       block = next;
     }
 }
 
-void release(void* context) {
-  auto* block = static_cast<Header*>(context);
-  const size_t bytes = bytes_of(block->size);
-  if (gone || lists.bytes + bytes > kMaxKept) {
-    std::free(block);
+// The largest size that fits into a block, or -1 for a block that is not kept.
+int size_of(void* block) {
+#ifdef __linux__
+  const size_t usable = malloc_usable_size(block);
+#else
+  const size_t usable = 0;
+#endif
+  if (reinterpret_cast<uintptr_t>(block) % kAlign != 0 || usable < kAlign || usable >= 2 * kMaxBlock) return -1;
+  return std::bit_width(usable / kAlign) - 1;
+}
+
+// Takes what torch's own allocator made as well, see the header.
+void release(void* block) {
+  if (block == nullptr) return;
+  const int size = size_of(block);
+  if (size < 0 || gone || lists.bytes + bytes_of(size) > kMaxKept) {
+    c10::GetDefaultCPUAllocator()->raw_deleter()(block);
     return;
   }
-  block->next = lists.first[block->size];
-  lists.first[block->size] = block;
-  lists.bytes += bytes;
+  lists.first[size] = new (block) Free{lists.first[size]};
+  lists.bytes += bytes_of(size);
 }
 
 class WorkspaceAllocator final : public c10::Allocator {
  public:
-  explicit WorkspaceAllocator(c10::Allocator* others) : others_(others) {}
-
-  c10::Allocator* others() const { return others_; }
-
   c10::DataPtr allocate(size_t n) override {
-    if (n == 0 || n > kMaxBlock || gone) return others_->allocate(n);
+    if (n == 0 || n > kMaxBlock || gone) return c10::GetDefaultCPUAllocator()->allocate(n);
     const int size = n <= kAlign ? 0 : std::bit_width((n - 1) / kAlign);
-    Header* block = lists.first[size];
+    void* block = lists.first[size];
     if (block != nullptr) {
-      lists.first[size] = block->next;
+      lists.first[size] = lists.first[size]->next;
       lists.bytes -= bytes_of(size);
     } else {
-      block = static_cast<Header*>(std::aligned_alloc(kAlign, sizeof(Header) + bytes_of(size)));
-      if (block == nullptr) return others_->allocate(n);  // whose error says what could not be had
-      block->size = size;
+      block = std::aligned_alloc(kAlign, bytes_of(size));
+      // torch's error says what could not be had
+      if (block == nullptr) return c10::GetDefaultCPUAllocator()->allocate(n);
     }
-    return {block + 1, block, &release, c10::Device(c10::DeviceType::CPU)};
+    return {block, block, &release, c10::Device(c10::DeviceType::CPU)};
   }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
   void copy_data(void* target, const void* source, size_t count) const override {
     default_copy_data(target, source, count);
   }
-
- private:
-  c10::Allocator* others_;
 };
 
 // Never destroyed: tensors that remember it may live longer than any static object.
 WorkspaceAllocator& workspace() {
-  static auto* const allocator = new WorkspaceAllocator(c10::GetCPUAllocator());
+  static auto* const allocator = new WorkspaceAllocator();
   return *allocator;
 }
 
@@ -91,15 +101,16 @@ WorkspaceAllocator& workspace() {
 
 WorkspaceScope::WorkspaceScope() {
   if (depth++ > 0) return;
-  WorkspaceAllocator& ours = workspace();
-  before_ = c10::GetCPUAllocator();
-  // Ours means a scope of another thread, which may be the first to end: what was there before any scope is put back.
-  if (before_ == &ours) before_ = ours.others();
-  c10::SetCPUAllocator(&ours);
+  // Ours means a scope of another thread, which may be the first to end.
+  c10::Allocator* present = c10::GetCPUAllocator();
+  if (present == c10::GetDefaultCPUAllocator() || present == &workspace()) {
+    c10::SetCPUAllocator(&workspace());
+    swapped_ = true;
+  }
 }
 
 WorkspaceScope::~WorkspaceScope() {
-  if (--depth == 0) c10::SetCPUAllocator(before_);
+  if (--depth == 0 && swapped_) c10::SetCPUAllocator(c10::GetDefaultCPUAllocator());
 }
 
 size_t workspace_bytes() { return lists.bytes; }

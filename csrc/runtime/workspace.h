@@ -4,9 +4,11 @@
 // glibc has no fast path. In graphs of small operations that is a fifth of the time of a call. Inside of a
 // `WorkspaceScope`, blocks of up to kMaxBlock bytes come from lists, one per thread and size; a tensor may leave the
 // scope and die in another thread, whose list its block then joins.
+//
+// oneDNN asks torch's allocator for bare pointers, some of which it keeps, and gives them back to whichever allocator
+// is there then. So both have to take what the other has made: blocks are plain ones of the C library, which knows
+// their sizes, and an allocator that somebody else has put in place of torch's own is left alone.
 #pragma once
-
-#include <c10/core/Allocator.h>
 
 #include <cstddef>
 
@@ -24,7 +26,7 @@ class WorkspaceScope {
   WorkspaceScope& operator=(const WorkspaceScope&) = delete;
 
  private:
-  c10::Allocator* before_ = nullptr;
+  bool swapped_ = false;
 };
 
 // Bytes in the lists of this thread.

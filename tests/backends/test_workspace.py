@@ -128,3 +128,25 @@ def test_large_and_empty_tensors_are_torchs():
     torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-11)
     x, _ = solve(size=0)
     assert x.shape == (0,)
+
+
+def test_memory_that_onednn_asks_for():
+    """It gets bare pointers, and returns them inside of a loop or after it, whichever allocator they are from."""
+    x = torch.randn(16, 8, 12, 12)
+    inside, outside = torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3, stride=2)
+    expected = inside(x), outside(x)  # memory of one, made outside
+    seen = []
+
+    def product(v):
+        for _ in range(3):
+            seen.append((inside(x), outside(x)))
+            inside(torch.randn(17 + len(seen), 8, 12, 12))  # other sizes, so other memory that is kept
+        return v * 1.0
+
+    run_cg(linalg.native_callback(product), torch.ones(40), None, 1e-6, 5, 1)
+    for k in range(20):
+        inside(torch.randn(40 + k, 8, 12, 12))
+    run_cg(linalg.native_callback(product), torch.ones(40), None, 1e-6, 5, 1)
+    assert seen
+    for got in seen:
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
