@@ -83,10 +83,11 @@ class Compiler:
         self.backend = backend
         self.verify = verify
         self.strict = strict
-        # Where every operation is a call of its own, nothing is computed again for free.
-        self.split = SplitPolicy(Recompute.POINTWISE if backend.compiles else Recompute.NOTHING, residual_budget)
         self.layouts = {n: FlatLayout.of(n, p.trained_parameters(), p.tasks) for n, p in graph.problems.items()}
         check_devices(self.layouts)
+        # Where every operation is a call of its own, nothing is computed again for free.
+        compiles = all(backend.compiles_on(layout.device) for layout in self.layouts.values())
+        self.split = SplitPolicy(Recompute.POINTWISE if compiles else Recompute.NOTHING, residual_budget)
         self.streams = {name: BatchStream(problem) for name, problem in graph.problems.items()}
         self.losses: dict[str, LossGraph | Island] = {}  # the first capture of each problem
         self.axes: dict[str, TaskAxis | None] = {}  # of the problems whose loss is evaluated for several tasks

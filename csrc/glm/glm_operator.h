@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../runtime/operator.h"
+#include "../runtime/repeated.h"
 #include "glm_operands.h"
 
 namespace mlopt {
@@ -21,7 +22,7 @@ class GlmOperator final : public LinearOperator {
 
   at::Tensor apply(const at::Tensor& vector) override;
   at::Tensor apply_rows(const at::Tensor& rows) override;
-  bool can_be_recorded() const override { return true; }
+  bool worth_recording() const override { return x_.numel() <= kMostWorthRecording; }
 
  private:
   // Vectors [T, K, N] -> [T, K, N].

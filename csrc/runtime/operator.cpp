@@ -4,6 +4,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "repeated.h"
+
 namespace py = pybind11;
 
 namespace mlopt {
@@ -23,6 +25,12 @@ at::Tensor PackageOperator::apply(const at::Tensor& vector) {
   std::vector<at::Tensor> inputs = inputs_;
   inputs[hole_] = package_->fit(hole_, vector, layout_);
   return package_->run(std::move(inputs)).at(0);
+}
+
+bool PackageOperator::worth_recording() const {
+  int64_t count = 0;
+  for (const at::Tensor& input : inputs_) count += input.defined() ? input.numel() : 0;
+  return count <= kMostWorthRecording;
 }
 
 at::Tensor CallbackOperator::apply(const at::Tensor& vector) {

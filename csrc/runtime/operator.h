@@ -19,9 +19,9 @@ class LinearOperator {
   virtual ~LinearOperator() = default;
   virtual at::Tensor apply(const at::Tensor& vector) = 0;  // [N] -> [N]
 
-  // Whether a product always launches the same kernels on the same tensors, so that it can be recorded (see
-  // repeated.h).
-  virtual bool can_be_recorded() const { return false; }
+  // Whether a product always launches the same kernels on the same tensors, and is small: it pays to record it then
+  // (see repeated.h).
+  virtual bool worth_recording() const { return false; }
 
   // [K, N] -> [K, N]: one map on every row, or map t on row t. By default `apply` on each row.
   virtual at::Tensor apply_rows(const at::Tensor& rows);
@@ -39,7 +39,7 @@ class PackageOperator final : public LinearOperator {
 
   at::Tensor apply(const at::Tensor& vector) override;
   at::Tensor apply_rows(const at::Tensor& rows) override;
-  bool can_be_recorded() const override { return true; }
+  bool worth_recording() const override;
 
  private:
   std::shared_ptr<Package> package_;
@@ -66,7 +66,7 @@ class DampedOperator final : public LinearOperator {
 
   at::Tensor apply(const at::Tensor& vector) override;
   at::Tensor apply_rows(const at::Tensor& rows) override;
-  bool can_be_recorded() const override { return inner_->can_be_recorded(); }
+  bool worth_recording() const override { return inner_->worth_recording(); }
 
  private:
   const at::Tensor& damped(const at::Tensor& product, const at::Tensor& vector);

@@ -14,6 +14,9 @@ namespace mlopt {
 
 // Below this many times, recording (about the price of doing the work once more, on the host) does not pay.
 constexpr int64_t kFewestWorthRecording = 4;
+// Above this many elements read, the work takes longer than its launches, and a recording would hold the memory of its
+// intermediates for nothing.
+constexpr int64_t kMostWorthRecording = int64_t(1) << 24;
 
 class Repeated {
  public:

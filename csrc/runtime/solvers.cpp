@@ -19,7 +19,7 @@ namespace {
 at::Tensor product(LinearOperator& a, const at::Tensor& x) { return x.dim() == 1 ? a.apply(x) : a.apply_rows(x); }
 
 pybind11::handle recorder_for(const LinearOperator& a, pybind11::handle recorder) {
-  return a.can_be_recorded() ? recorder : pybind11::handle();
+  return a.worth_recording() ? recorder : pybind11::handle();
 }
 
 bool any_row_runs(const at::Tensor& state) {

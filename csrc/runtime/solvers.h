@@ -24,7 +24,7 @@ struct CgResult {
 
 // Steps of conjugate gradients until no row runs any more, looked at every `check_every` steps, or `max_steps`. A row
 // runs until ||r|| <= rtol ||b||. `start`: a first guess and its residual; where that is larger than b, zero is the
-// better guess and is used. recorder: see repeated.h; used if `a` can be recorded.
+// better guess and is used. recorder: see repeated.h; used if `a` is worth it.
 CgResult cg_solve(LinearOperator& a, const at::Tensor& b, const std::optional<std::pair<at::Tensor, at::Tensor>>& start,
                   double rtol, int64_t max_steps, int64_t check_every, pybind11::handle recorder);
 

@@ -75,7 +75,10 @@ StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, con
     inputs[static_cast<size_t>(input)] = std::move(own);
   }
 
-  bool in_place = recorder && !recorder.is_none() && static_cast<int64_t>(order.size()) >= kFewestWorthRecording;
+  int64_t num_read = 0;
+  for (const at::Tensor& input : inputs) num_read += input.defined() ? input.numel() : 0;
+  bool in_place = recorder && !recorder.is_none() && static_cast<int64_t>(order.size()) >= kFewestWorthRecording &&
+                  num_read <= kMostWorthRecording;
   // A copy keeps the strides that were compiled for if no element is missing or there twice.
   for (const auto& pair : changing_.feedback) in_place = in_place && inputs[pair.second].is_non_overlapping_and_dense();
   for (size_t j = 0; j < changing_.batch.size(); ++j)
@@ -123,14 +126,18 @@ StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, con
         const at::Tensor& value = computed.at(static_cast<size_t>(changing_.kept[k]));
         if (value.numel() == 1) kept[k].push_back(in_place ? value.reshape({}).clone() : value.reshape({}));
       }
+      std::vector<at::Tensor> returned = in_place ? computed : std::move(computed);
+      if (in_place)
+        for (at::Tensor& value :
+             returned)  // a view of an input belongs to this step, and must not become the next one's
+          for (const at::Tensor& input : written)
+            if (value.is_alias_of(input)) value = value.clone();
       // Nothing can fail between here and the count: either all values are the new ones or none is.
-      if (in_place) {
+      if (in_place)
         at::_foreach_copy_(written, fed);
-        result.computed = computed;
-      } else {
+      else
         for (size_t k = 0; k < fed.size(); ++k) inputs[changing_.feedback[k].second] = std::move(fed[k]);
-        result.computed = std::move(computed);
-      }
+      result.computed = std::move(returned);
       ++result.num_steps;
       poll();
     }

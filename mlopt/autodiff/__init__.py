@@ -14,6 +14,7 @@ from mlopt.autodiff.linearization import (
     LinearizationGraphs,
     gradient_and_linearization_graphs,
     linearization_graphs,
+    shares_gradient,
 )
 from mlopt.autodiff.recompute import Recompute, SplitPolicy
 from mlopt.autodiff.repeat import RepeatedSteps, num_repeated, repeated_steps
@@ -56,6 +57,7 @@ __all__ = [
     "repeated_steps",
     "replace_layers",
     "scale_gradients",
+    "shares_gradient",
     "step_graph",
     "total_update_graph",
     "with_gradient",

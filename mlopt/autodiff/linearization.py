@@ -38,6 +38,10 @@ from mlopt.capture.record import InputRole, LossGraph
 from mlopt.passes import extract, run_default_passes
 from mlopt.passes.glm import find_glm, is_widened
 
+# Operations whose derivative is made of others where it is differentiated again: their plain gradient is faster and has
+# a trace of its own.
+_OTHER_GRADIENT = {torch.ops.aten.group_norm, torch.ops.aten.native_group_norm, torch.ops.aten.cumprod}
+
 # Where kernels read an X of a half type as it is; elsewhere they widen it first, and so may the loss.
 _READS_HALVES = {"cuda"}
 
@@ -111,6 +115,11 @@ def linearization_graphs(
     return gradient_and_linearization_graphs(loss, inputs, layouts, (), **options)[1]
 
 
+def shares_gradient(loss: LossGraph) -> bool:
+    """Whether the gradient of a loss is computed by the same operations where it is differentiated again."""
+    return not any(getattr(n.target, "overloadpacket", None) in _OTHER_GRADIENT for n in loss.module.graph.nodes)
+
+
 def gradient_and_linearization_graphs(
     loss: LossGraph,
     inputs: Sequence[torch.Tensor],
@@ -125,7 +134,8 @@ def gradient_and_linearization_graphs(
     """Build the graphs of `mlopt.autodiff.gradient.gradient_graph` and `linearization_graphs` from one trace.
 
     Half of the trace of the products is the gradient, and tracing is most of the time that compilation takes before
-    machine code. Arguments are those of the two functions.
+    machine code. Arguments are those of the two functions; the products are those of the Hessian. The loss has to be
+    one that `shares_gradient`.
     """
     own_layout = layouts[loss.problem]
     layouts_out = ([own_layout] if hvp else []) + [layouts[name] for name in targets]

@@ -36,6 +36,7 @@ from mlopt.autodiff import (
     read_gradient_graph,
     read_gradient_over_tasks,
     replace_layers,
+    shares_gradient,
 )
 from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import LossGraph
@@ -252,7 +253,8 @@ def differentiate(
     products: dict[str, Any] = {"hvp": needs.hvp, "targets": needs.mixed, "hvps_at_once": at_once, "split": split}
     if not (needs.hvp or needs.mixed):
         gradient = gradient_graph(*given, needs.cotangents)
-    elif needs.hvp and needs.curvature == "ggn":  # its network outputs are leaves of their own: another backward
+    elif (needs.hvp and needs.curvature == "ggn") or not shares_gradient(loss):
+        # Gauss-Newton products have another backward: the network outputs are leaves of their own.
         gradient = gradient_graph(*given, needs.cotangents)
         linearization = linearization_graphs(*given, curvature=needs.curvature, **products)
     else:

@@ -35,7 +35,8 @@ def all_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
     if not present:
         return True
     # A sum is not finite if a term is not. The reverse does not hold: large numbers may overflow together.
-    if bool(torch.isfinite(torch.stack([t.sum().to(torch.float32) for t in present])).all()):
+    sums = [t.sum().to(present[0].device, torch.float32) for t in present]  # an optimizer may count on the host
+    if bool(torch.isfinite(torch.stack(sums)).all()):
         return True
     return all(bool(torch.isfinite(t).all()) for t in present)
 
