@@ -49,13 +49,19 @@ def interleaved(functions: dict[str, Callable[[], object]], device: str, *, repe
 
 
 def describe(device: str) -> dict[str, object]:
-    """Say what was measured on: device, torch, threads, commit."""
+    """Say what was measured on: device, instruction set of the CPU, torch, threads, commit."""
     root = Path(__file__).parent.parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit}
+    return {
+        "device": name,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
 
 
 def write(path: Path, result: dict[str, object]) -> None:
