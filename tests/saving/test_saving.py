@@ -122,7 +122,7 @@ def test_in_a_process_without_the_source(backend, tmp_path):
 
 
 def test_free_sizes_stay_free(tmp_path):
-    plan = compiled(make(dropout=0.0))
+    plan = compiled(make(dropout=0.0, sizes=(12, 7)))
     plan.run(1)
     plan.save(tmp_path / "plan")
     x, y = bilevel.data((29,))[0]
