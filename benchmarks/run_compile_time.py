@@ -1,6 +1,6 @@
 """Where does the time of mlopt.compile go, for ResNet-32 with Meta-Weight-Net? And what does a guard cost?
 
-python benchmarks/run_compile_time.py [--threads 2] [--profile]
+python benchmarks/run_compile_time.py [--threads 2] [--backend eager] [--profile]
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--profile", action="store_true", help="print the functions that take longest")
+    parser.add_argument("--smoke", action="store_true", help="a tiny size: does it run?")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    instance = PROBLEMS["resnet"].make(torch.float32, False)
+    instance = PROBLEMS["resnet"].make(torch.float32, args.smoke)
     profile = cProfile.Profile()
     start = time.perf_counter()
     if args.profile:
@@ -43,7 +44,7 @@ def main() -> None:
         graphs = captures[0].graphs.modules()
         calls = {k: sum(n.op == "call_function" for n in m.graph.nodes) for k, m in graphs.items()}
         print(f"  {name}: " + ", ".join(f"{k} {count} calls" for k, count in calls.items()))
-    guard = plan._executor._derive.__self__.guard  # type: ignore[attr-defined]
+    guard = plan._executor.derive._derive.__self__.guard  # type: ignore[attr-defined]
     start = time.perf_counter()
     for _ in range(200):
         guard.modes()

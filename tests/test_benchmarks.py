@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def smoke(name, folder):
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", "--out", str(folder)]
+def smoke(name, *options):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -19,11 +19,19 @@ def smoke(name, folder):
 
 
 def test_run_vector(tmp_path):
-    assert "cg_step" in smoke("run_vector", tmp_path) and len(list(tmp_path.glob("cpu-*.json"))) == 1
+    assert "cg_step" in smoke("run_vector", "--out", str(tmp_path)) and len(list(tmp_path.glob("cpu-*.json"))) == 1
 
 
 def test_run_glm(tmp_path):
-    assert "double backward" in smoke("run_glm", tmp_path) and len(list(tmp_path.glob("glm-cpu-*.json"))) == 1
+    assert (
+        "double backward" in smoke("run_glm", "--out", str(tmp_path))
+        and len(list(tmp_path.glob("glm-cpu-*.json"))) == 1
+    )
+
+
+@pytest.mark.slow
+def test_run_compile_time():
+    assert "guard of " in smoke("run_compile_time")
 
 
 @pytest.mark.slow
