@@ -134,8 +134,8 @@ def gradient_and_linearization_graphs(
     """Build the graphs of `mlopt.autodiff.gradient.gradient_graph` and `linearization_graphs` from one trace.
 
     Half of the trace of the products is the gradient, and tracing is most of the time that compilation takes before
-    machine code. Arguments are those of the two functions; the products are those of the Hessian. The loss has to be
-    one that `shares_gradient`.
+    machine code. Arguments are those of the two functions; the products are those of the Hessian. Unless the
+    loss `shares_gradient`, the graph of the gradient is right, but slower than one of its own.
     """
     own_layout = layouts[loss.problem]
     layouts_out = ([own_layout] if hvp else []) + [layouts[name] for name in targets]
