@@ -27,11 +27,7 @@ at::Tensor PackageOperator::apply(const at::Tensor& vector) {
   return package_->run(std::move(inputs)).at(0);
 }
 
-bool PackageOperator::worth_recording() const {
-  int64_t count = 0;
-  for (const at::Tensor& input : inputs_) count += input.defined() ? input.numel() : 0;
-  return count <= kMostWorthRecording;
-}
+bool PackageOperator::worth_recording() const { return mlopt::worth_recording(inputs_); }
 
 at::Tensor CallbackOperator::apply(const at::Tensor& vector) {
   const py::gil_scoped_acquire gil;

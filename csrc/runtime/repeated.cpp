@@ -6,6 +6,12 @@ namespace py = pybind11;
 
 namespace mlopt {
 
+bool worth_recording(const std::vector<at::Tensor>& inputs) {
+  int64_t num_read = 0;
+  for (const at::Tensor& input : inputs) num_read += input.defined() ? input.numel() : 0;
+  return num_read <= kMostWorthRecording;
+}
+
 Repeated::Repeated(py::handle recorder, int64_t times, std::function<void()> body) : body_(std::move(body)) {
   if (recorder && !recorder.is_none() && times >= kFewestWorthRecording) recorder_ = recorder;
 }

@@ -5,10 +5,12 @@
 // mlopt/ops/recorder.py, because torch's allocator has to know of it; nothing here links CUDA.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace mlopt {
 
@@ -17,6 +19,9 @@ constexpr int64_t kFewestWorthRecording = 4;
 // Above this many elements read, the work takes longer than its launches, and a recording would hold the memory of its
 // intermediates for nothing.
 constexpr int64_t kMostWorthRecording = int64_t(1) << 24;
+
+// Whether work that reads these tensors is small enough; undefined ones count nothing.
+bool worth_recording(const std::vector<at::Tensor>& inputs);
 
 class Repeated {
  public:

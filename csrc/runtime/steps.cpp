@@ -75,10 +75,8 @@ StepsResult Steps::loop(const std::vector<std::vector<at::Tensor>>& batches, con
     inputs[static_cast<size_t>(input)] = std::move(own);
   }
 
-  int64_t num_read = 0;
-  for (const at::Tensor& input : inputs) num_read += input.defined() ? input.numel() : 0;
   bool in_place = recorder && !recorder.is_none() && static_cast<int64_t>(order.size()) >= kFewestWorthRecording &&
-                  num_read <= kMostWorthRecording;
+                  worth_recording(inputs);
   // A copy keeps the strides that were compiled for if no element is missing or there twice.
   for (const auto& pair : changing_.feedback) in_place = in_place && inputs[pair.second].is_non_overlapping_and_dense();
   for (size_t j = 0; j < changing_.batch.size(); ++j)
