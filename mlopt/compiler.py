@@ -192,12 +192,20 @@ class Compiler:
             self.backend = backend
             self.report.backend = backend.name
 
-        return WarmUp([(n, d, self._with_step(n, d.graphs)) for n, d in eager], backend, cancelled, accept, done)
+        joined = [(n, d, self._with_step(n, d.graphs, has_kernels=backend.has_kernels)) for n, d in eager]
+        return WarmUp(joined, backend, cancelled, accept, done)
 
-    def _with_step(self, name: str, graphs: DerivativeGraphs) -> DerivativeGraphs:
+    def _with_step(self, name: str, graphs: DerivativeGraphs, *, has_kernels: bool) -> DerivativeGraphs:
         """Join the optimizer's update to the gradients, as far as that can be."""
         assert self.program is not None
-        joined = add_updates(graphs, self.graph.problems[name], self.layouts[name], self.program[name])
+        joined = add_updates(
+            graphs,
+            self.graph.problems[name],
+            self.layouts[name],
+            self.program[name],
+            self.streams[name],
+            has_kernels=has_kernels,
+        )
         if isinstance(joined, str):
             self.report.eager_updates[name] = joined
             return graphs
@@ -258,7 +266,7 @@ class Compiler:
         start = time.perf_counter()
         graphs = self._differentiate(loss, batch, needs)
         if isinstance(graphs, DerivativeGraphs) and self.backend.compiles_on(self.layouts[name].device):
-            graphs = self._with_step(name, graphs)
+            graphs = self._with_step(name, graphs, has_kernels=self.backend.has_kernels)
         self.report.seconds["differentiate"] += time.perf_counter() - start
         return graphs
 

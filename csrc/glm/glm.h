@@ -60,7 +60,11 @@ enum GlmFunction : int {
   kGlmSoftmaxIndex = 4,  // u_c <- s (softmax(u)_c - [c == label]), the gradient of the cross entropy
   kGlmSoftmaxDense = 5,  // the same for targets t: u_c <- s (softmax(u)_c sum(t) - t_c)
   kGlmRankOne = 6,       // u_c <- s (a_c u_c + b_c (g.u))
-  kGlmBlock = 7          // u_c <- s sum_k B_ck u_k
+  kGlmBlock = 7,         // u_c <- s sum_k B_ck u_k
+  // u_c <- q_c mean(u)_c - t_c, the gradient of a loss whose weights and targets are in q and t; mean is
+  kGlmFitLinear = 8,    // u
+  kGlmFitLogistic = 9,  // sigmoid(u)
+  kGlmFitSoftmax = 10   // softmax(u)
 };
 
 // How the elements of X are stored.
@@ -77,6 +81,7 @@ struct GlmRows {
   const T* weights;       // [T, n]: s, or nullptr for 1
   const int64_t* labels;  // [T, n]
   bool per_row;
+  const T* scales;  // q: [T, n, C]; its t is `values`
 };
 
 // One sweep. `forward` computes U = X V (else U is read from z), `backward` computes out = X^T f(U) + diagonal * v.
@@ -128,15 +133,34 @@ struct GlmNeumann {
   int64_t num_terms;
 };
 
-// Gradient descent: velocity = momentum velocity + gradient; w -= step velocity. w == product.v, K == 1.
+// Descent by steps that are affine in what they change, element by element, with the gradient g == product.out:
+//   w += a_0 + a_1 w + a_2 velocity + a_3 g,  velocity = b_0 + b_1 w + b_2 velocity + b_3 g
+// and, without a velocity, w += a_0 + a_1 w + a_2 g. w == product.v, K == 1. The first is an increment because a_1 may
+// be less than a rounding of 1 (a weight decay times a small step).
 template <typename T>
 struct GlmDescent {
   GlmProduct<T> product;
-  T* w;         // [T, C, S]
-  T* velocity;  // [T, C, S]
-  T* losses;    // [num_steps, T]: before each step, with the regularizer w.(diagonal * w) / 2
-  T step, momentum;
+  T* w;                   // [T, C, S]
+  T* velocity;            // [T, C, S] or nullptr
+  const T* coefficients;  // a, then b: [1 or 2, 3 or 4, C, S], for all tasks
+  T* losses;              // [num_steps, T]: before each step, with the regularizer w.(diagonal * w) / 2; or nullptr
+  T* narrow;              // workspace of glm_narrow_size elements, or nullptr; see glm_narrow.h
   int64_t num_steps;
+
+  MLOPT_HD int64_t size() const { return product.classes * product.stride(); }
+
+  // The step of element `at` of the first task's, in a task's own w, velocity and gradient.
+  MLOPT_HD void update(int64_t at, T* own_w, T* own_velocity, const T* gradient) const {
+    const int64_t n = size();
+    const T old = own_w[at], g = gradient[at], *a = coefficients + at;
+    if (own_velocity == nullptr) {
+      own_w[at] = old + (a[0] + a[n] * old + a[2 * n] * g);
+      return;
+    }
+    const T v = own_velocity[at], *b = a + 4 * n;
+    own_w[at] = old + (a[0] + a[n] * old + a[2 * n] * v + a[3 * n] * g);
+    own_velocity[at] = b[0] + b[n] * old + b[2 * n] * v + b[3 * n] * g;
+  }
 };
 
 // ---- row functions ----
@@ -174,6 +198,28 @@ MLOPT_HD T glm_softmax_row(const T* targets, int64_t label, int64_t classes, T w
     u[c] = weight * valid * (p * mass - t);
   }
   return weight * valid * (mass * std::log(total) - picked);
+}
+
+// q_c mean(u)_c - t_c.
+template <typename T>
+MLOPT_HD void glm_fit_row(GlmFunction function, const T* scales, const T* targets, int64_t classes, T* u) {
+  T largest = u[0], total = 0;
+  if (function == kGlmFitSoftmax) {
+    for (int64_t c = 1; c < classes; ++c) largest = u[c] > largest ? u[c] : largest;
+    for (int64_t c = 0; c < classes; ++c) {
+      u[c] = std::exp(u[c] - largest);
+      total += u[c];
+    }
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    T mean = u[c];
+    if (function == kGlmFitSoftmax) mean = u[c] / total;
+    if (function == kGlmFitLogistic) {
+      const T e = std::exp(-std::fabs(u[c]));  // never overflows
+      mean = (u[c] >= T(0) ? T(1) : e) / (T(1) + e);
+    }
+    u[c] = scales[c] * mean - targets[c];
+  }
 }
 
 // Applies f to the C elements of row `row` (of all tasks' rows) for one right-hand side; returns the row's loss, if f
@@ -218,6 +264,11 @@ MLOPT_HD T glm_row(const GlmRows<T>& q, int64_t row, int64_t classes, T* u, T* p
       return glm_softmax_row<T>(nullptr, q.labels[row], classes, weight, u, probabilities);
     case kGlmSoftmaxDense:
       return glm_softmax_row<T>(q.values + row * classes, -1, classes, weight, u, probabilities);
+    case kGlmFitLinear:
+    case kGlmFitLogistic:
+    case kGlmFitSoftmax:
+      glm_fit_row(q.function, q.scales + row * classes, q.values + row * classes, classes, u);
+      return 0;
   }
   return 0;
 }

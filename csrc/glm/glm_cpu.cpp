@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "glm.h"
+#include "glm_narrow.h"
 #include "glm_tiles.h"
 
 namespace mlopt {
@@ -172,22 +173,22 @@ void glm_neumann_cpu(const GlmNeumann<T>& q, ParallelFor pool) {
 
 template <typename T>
 void glm_descent_cpu(const GlmDescent<T>& q, ParallelFor pool) {
+  if (q.narrow != nullptr) return glm_narrow_descent_cpu(q, pool);
   const Sweep<T> sweep{q.product};
-  const int64_t size = q.product.classes * q.product.stride();
+  const int64_t size = q.size();
   for_each_task(q.product, pool, [&](int64_t task, ParallelFor inner) {
     T* w = q.w + task * size;
-    T* velocity = q.velocity + task * size;
+    T* velocity = q.velocity == nullptr ? nullptr : q.velocity + task * size;
     const T* gradient = q.product.out + task * size;
     const T* diagonal = q.product.diagonal == nullptr ? nullptr : q.product.diagonal + task * size;
     for (int64_t k = 0; k < q.num_steps; ++k) {
       sweep.run_task(task, inner);
-      double penalty = 0;
-      for (int64_t j = 0; diagonal != nullptr && j < size; ++j) penalty += double(diagonal[j]) * w[j] * w[j];
-      q.losses[k * q.product.tasks + task] = static_cast<T>(q.product.losses[task] + penalty / 2);
-      for (int64_t j = 0; j < size; ++j) {
-        velocity[j] = q.momentum * velocity[j] + gradient[j];
-        w[j] -= q.step * velocity[j];
+      if (q.losses != nullptr) {
+        double penalty = 0;
+        for (int64_t j = 0; diagonal != nullptr && j < size; ++j) penalty += double(diagonal[j]) * w[j] * w[j];
+        q.losses[k * q.product.tasks + task] = static_cast<T>(q.product.losses[task] + penalty / 2);
       }
+      for (int64_t j = 0; j < size; ++j) q.update(j, w, velocity, gradient);
     }
   });
 }

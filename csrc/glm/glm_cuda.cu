@@ -169,16 +169,17 @@ __global__ void glm_reduce_kernel(GlmProduct<T> q) {
 // One block per task, which has the sum of the regularizer to itself.
 template <typename T>
 __global__ void glm_descent_kernel(GlmDescent<T> q, int64_t step) {
-  const int64_t size = q.product.classes * q.product.stride();
+  const int64_t size = q.size();
   for (int64_t task = blockIdx.x; task < q.product.tasks; task += gridDim.x) {
+    const int64_t first = task * size;
+    T* velocity = q.velocity == nullptr ? nullptr : q.velocity + first;
     double penalty = 0;
-    for (int64_t k = task * size + threadIdx.x; k < (task + 1) * size; k += kThreads) {
-      const T w = q.w[k];
-      if (q.product.diagonal != nullptr) penalty += double(q.product.diagonal[k]) * w * w;
-      const T velocity = q.momentum * q.velocity[k] + q.product.out[k];
-      q.velocity[k] = velocity;
-      q.w[k] = w - q.step * velocity;
+    for (int64_t k = threadIdx.x; k < size; k += kThreads) {
+      const T w = q.w[first + k];
+      if (q.product.diagonal != nullptr) penalty += double(q.product.diagonal[first + k]) * w * w;
+      q.update(k, q.w + first, velocity, q.product.out + first);
     }
+    if (q.losses == nullptr) continue;  // for all threads
     penalty = block_sum(penalty);
     if (threadIdx.x == 0)
       q.losses[step * q.product.tasks + task] = static_cast<T>(q.product.losses[task] + penalty / 2);

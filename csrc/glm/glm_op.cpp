@@ -164,14 +164,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> glm_gd(
   o.out = at::empty(o.v.sizes(), s.options);
   at::Tensor moving = pack(s, velocity, velocity_bias, 1);
   at::Tensor losses = at::empty({num_steps, s.tasks}, s.options);
+  at::Tensor coefficients = at::zeros({2, 4, s.classes, s.stride()}, s.options);  // see GlmDescent
+  coefficients[0][2].fill_(-lr * momentum);
+  coefficients[0][3].fill_(-lr);
+  coefficients[1][2].fill_(momentum);
+  coefficients[1][3].fill_(1);
   with_dtype(op, o.partials, [&](auto zero) {
     using T = decltype(zero);
     const GlmDescent<T> params{o.product<T>(),
                                o.v.mutable_data_ptr<T>(),
                                moving.mutable_data_ptr<T>(),
+                               coefficients.const_data_ptr<T>(),
                                losses.mutable_data_ptr<T>(),
-                               static_cast<T>(lr),
-                               static_cast<T>(momentum),
+                               nullptr,
                                num_steps};
     run(op, x, params, glm_descent_cpu<T>, MLOPT_CUDA(glm_descent_cuda<T>));
   });

@@ -109,7 +109,7 @@ inline at::Tensor unpack_bias(const Sizes& s, const at::Tensor& packed) {
 // The tensors behind a GlmProduct, kept alive beside it.
 struct Operands {
   Sizes s;
-  at::Tensor x, v, out, diagonal, z, losses, partials, values, weights, labels;
+  at::Tensor x, v, out, diagonal, z, losses, partials, values, weights, labels, scales;
   GlmFunction function = kGlmIdentity;
   int64_t chunk_rows;
   bool forward = true, backward = true;
@@ -177,9 +177,12 @@ struct Operands {
     q.z = write(z);
     q.losses = write(losses);
     q.partials = write(partials);
-    q.rows_function = {function, read(values), read(weights),
+    q.rows_function = {function,
+                       read(values),
+                       read(weights),
                        labels.defined() ? labels.const_data_ptr<int64_t>() : nullptr,
-                       function == kGlmDiagonal && values.dim() == x.dim() - 1};
+                       function == kGlmDiagonal && values.dim() == x.dim() - 1,
+                       read(scales)};
     q.tasks = s.tasks;
     q.rows = s.rows;
     q.features = s.features;

@@ -52,6 +52,7 @@ struct Lanes {
     return total;
   }
 };
+#include "glm_narrow_loops.h"
 #include "glm_tile_loops.h"
 #undef MLOPT_TARGET
 }  // namespace portable
@@ -99,6 +100,7 @@ struct Lanes<double> {
     return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
   }
 };
+#include "glm_narrow_loops.h"
 #include "glm_tile_loops.h"
 #undef MLOPT_INLINE
 #undef MLOPT_TARGET
@@ -147,6 +149,7 @@ struct Lanes<double> {
     return (half[0] + half[2]) + (half[1] + half[3]);
   }
 };
+#include "glm_narrow_loops.h"
 #include "glm_tile_loops.h"
 #undef MLOPT_INLINE
 #undef MLOPT_TARGET
@@ -160,11 +163,12 @@ int glm_all_tiles(GlmTiles<T>* tiles) {
   int count = 0;
 #ifdef MLOPT_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f")) tiles[count++] = {avx512::forward<T>, avx512::backward<T>, "avx512"};
+  if (__builtin_cpu_supports("avx512f"))
+    tiles[count++] = {avx512::forward<T>, avx512::backward<T>, avx512::narrow<T>, "avx512"};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    tiles[count++] = {avx2::forward<T>, avx2::backward<T>, "avx2"};
+    tiles[count++] = {avx2::forward<T>, avx2::backward<T>, avx2::narrow<T>, "avx2"};
 #endif
-  tiles[count++] = {portable::forward<T>, portable::backward<T>, "portable"};
+  tiles[count++] = {portable::forward<T>, portable::backward<T>, portable::narrow<T>, "portable"};
   return count;
 }
 

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "glm_narrow.h"
+
 namespace mlopt {
 
 template <typename T>
@@ -21,6 +23,8 @@ struct GlmTiles {
   // acc[c * stride + d] += sum_i x[i * features + d] * u[i * columns + c]
   void (*backward)(const T* x, int64_t rows, int64_t features, const T* u, int64_t columns, int64_t stride, T* acc,
                    int64_t ahead);
+  // X^T f(X W) of blocks [first, last) of few features, to the packed `out`; acc: C * (D + 1) * kGlmMostLanes elements.
+  void (*narrow)(const GlmNarrow<T>& q, int64_t first, int64_t last, const T* w, T* acc, T* out);
   const char* name;
 };
 

@@ -1,11 +1,12 @@
 // The runtime classes in Python. Package and Call are documented where they are used, mlopt/backends/inductor/, the
-// operators and the loops in mlopt/linalg/.
+// operators and the loops in mlopt/linalg/, GlmSteps in mlopt/backends/native/.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../glm/glm_operator.h"
+#include "../glm/glm_steps.h"
 #include "call.h"
 #include "operator.h"
 #include "solvers.h"
@@ -69,8 +70,13 @@ void bind_runtime(py::module& m) {
           "run",
           [](const Steps& steps, const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
              const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times,
-             const py::object& recorder) { return steps.run(batches, order, numbers, leap, times, recorder); },
+             std::vector<at::Tensor> fed_before, const py::object& recorder) {
+            return steps.run(batches, order, numbers, leap, times, std::move(fed_before), recorder);
+          },
           py::call_guard<py::gil_scoped_release>());
+  py::class_<GlmSteps>(m, "GlmSteps")
+      .def(py::init<const std::string&, const at::Tensor&, int64_t, bool, int64_t>())
+      .def("run", &GlmSteps::run, py::call_guard<py::gil_scoped_release>());
 
   using Pairs = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;
   py::class_<Call, std::shared_ptr<Call>>(m, "Call")

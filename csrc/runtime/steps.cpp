@@ -26,17 +26,19 @@ Steps::Steps(std::shared_ptr<Package> package, std::vector<at::Tensor> inputs, s
 
 StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
                        const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times,
-                       pybind11::handle recorder) const {
+                       std::vector<at::Tensor> fed_before, pybind11::handle recorder) const {
   for (size_t b : order) TORCH_CHECK(b < batches.size(), "steps: no batch ", b);
   const auto columns = static_cast<int64_t>(changing_.numbers.size());
   TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.dim() == 2 &&
                   numbers.size(0) == static_cast<int64_t>(order.size()) && numbers.size(1) == columns &&
                   (columns <= 1 || numbers.stride(1) == 1),
               "steps: expected float64 numbers of shape [", order.size(), ", ", columns, "] with contiguous rows");
+  TORCH_CHECK(fed_before.empty() || fed_before.size() == changing_.feedback.size(), "steps: expected ",
+              changing_.feedback.size(), " values in place of those fed back, got ", fed_before.size());
   const bool uniform = batches.size() == 1 && numbers.stride(0) == 0;
   const size_t leaps = leap != nullptr && uniform && !order.empty() ? (order.size() - 1) / times : 0;
-  if (leaps == 0) return loop(batches, order, numbers, {}, recorder);
-  StepsResult first = leap->loop(batches, std::vector<size_t>(leaps, 0), numbers, {}, recorder);
+  if (leaps == 0) return loop(batches, order, numbers, std::move(fed_before), recorder);
+  StepsResult first = leap->loop(batches, std::vector<size_t>(leaps, 0), numbers, std::move(fed_before), recorder);
   first.num_steps *= static_cast<int64_t>(times);
   first.computed.clear();
   if (first.error) return first;

@@ -27,7 +27,7 @@ template <typename T>
 struct GlmCase {
   GlmShape s;
   int64_t stride, size, chunk_rows;
-  std::vector<T> x, v, diagonal, out, z, losses, partials, values, weights, r, p, state, pap, rr;
+  std::vector<T> x, v, diagonal, out, z, losses, partials, values, weights, scales, r, p, state, pap, rr, coefficients;
   std::vector<int64_t> labels;
 
   GlmCase(const GlmShape& shape, int64_t rows_per_chunk)
@@ -44,15 +44,20 @@ struct GlmCase {
         partials(s.tasks * glm_num_chunks(s.rows, chunk_rows) * glm_partial_size(s.rhs * s.classes, stride), T(NAN)),
         values(random_vector<T>(s.tasks * s.rows * s.classes * std::max<int64_t>(3, s.classes), 5)),  // for any f
         weights(random_vector<T>(s.tasks * s.rows, 6)),
+        scales(random_vector<T>(s.tasks * s.rows * s.classes, 7)),
         r(v),
         p(v),
         state(s.tasks * s.rhs * kNumColumns),
         pap(s.tasks * s.rhs * num_blocks(s.classes * stride)),
         rr(pap.size()),
+        coefficients(random_vector<T>(8 * s.classes * stride, 8)),
         labels(s.tasks * s.rows) {
     for (auto& d : diagonal) d = std::fabs(d);
     for (auto& value : values) value = std::fabs(value) / T(s.classes);
     for (auto& weight : weights) weight = std::fabs(weight) / T(s.rows);
+    for (auto& scale : scales) scale = std::fabs(scale) / T(s.rows);
+    for (size_t k = 0; k < coefficients.size(); ++k)  // small steps, and zeros after the features and the bias
+      coefficients[k] = static_cast<int64_t>(k) % stride < s.features + s.bias ? coefficients[k] / 10 : T(0);
     for (size_t k = 0; k < labels.size(); ++k) labels[k] = static_cast<int64_t>(7 * k % s.classes);
     for (int64_t row = 0; row < s.tasks * s.rhs; ++row) {
       const int64_t n = s.classes * stride;
@@ -68,11 +73,34 @@ struct GlmCase {
   }
 
   GlmProduct<T> product(GlmFunction function) {
-    return {x.data(), v.data(),      diagonal.data(), out.data(),
-            z.data(), losses.data(), partials.data(), {function, values.data(), weights.data(), labels.data(), false},
-            s.tasks,  s.rows,        s.features,      s.classes,
-            s.rhs,    chunk_rows,    s.bias,          true,
-            true,     kGlmWide};
+    return {x.data(),
+            v.data(),
+            diagonal.data(),
+            out.data(),
+            z.data(),
+            losses.data(),
+            partials.data(),
+            {function, values.data(), weights.data(), labels.data(), false, scales.data()},
+            s.tasks,
+            s.rows,
+            s.features,
+            s.classes,
+            s.rhs,
+            chunk_rows,
+            s.bias,
+            true,
+            true,
+            kGlmWide};
+  }
+
+  // Three steps from v, with a velocity like it if `moving` is given.
+  GlmDescent<T> descent(GlmFunction function, std::vector<T>& w, std::vector<T>* moving, T* loss, T* narrow) {
+    w = v;
+    if (moving != nullptr) *moving = v;
+    GlmProduct<T> inner = product(function);
+    inner.v = w.data();
+    if (narrow != nullptr) inner.diagonal = nullptr;
+    return {inner, w.data(), moving == nullptr ? nullptr : moving->data(), coefficients.data(), loss, narrow, 3};
   }
 
   GlmCg<T> cg(int64_t max_steps, std::vector<T>& q) {

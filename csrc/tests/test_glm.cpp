@@ -16,12 +16,12 @@ double plain_product(const GlmCase<T>& c, GlmFunction function, int64_t task, in
   const auto& s = c.s;
   out.assign(s.classes * c.stride, 0);
   std::vector<double> u(s.classes), values(c.values.begin(), c.values.end()),
-      weights(c.weights.begin(), c.weights.end());
+      weights(c.weights.begin(), c.weights.end()), scales(c.scales.begin(), c.scales.end());
   const T* v = c.v.data() + (task * s.rhs + k) * s.classes * c.stride;
   const auto x = [&](int64_t i, int64_t d) {
     return d < s.features ? double(c.x[(task * s.rows + i) * s.features + d]) : 1.0;
   };
-  const GlmRows<double> rows{function, values.data(), weights.data(), c.labels.data(), false};
+  const GlmRows<double> rows{function, values.data(), weights.data(), c.labels.data(), false, scales.data()};
   double loss = 0;
   for (int64_t i = 0; i < s.rows; ++i) {
     for (int64_t j = 0; j < s.classes; ++j) {
@@ -40,7 +40,7 @@ double plain_product(const GlmCase<T>& c, GlmFunction function, int64_t task, in
 template <typename T>
 void test_product(const GlmShape& shape, int64_t chunk_rows) {
   for (const auto function : {kGlmIdentity, kGlmDiagonal, kGlmSoftmax, kGlmLogistic, kGlmSoftmaxIndex, kGlmSoftmaxDense,
-                              kGlmRankOne, kGlmBlock}) {
+                              kGlmRankOne, kGlmBlock, kGlmFitLinear, kGlmFitLogistic, kGlmFitSoftmax}) {
     if (glm_is_loss(function) && shape.rhs != 1) continue;
     GlmCase<T> serial(shape, chunk_rows), threaded(shape, chunk_rows);
     glm_product_cpu(serial.product(function), serial_for);
@@ -107,6 +107,55 @@ void test_tiles() {
       }
 }
 
+// A sum over blocks of rows, by every instruction set, against the plain one.
+template <typename T>
+void test_narrow_sums(const GlmShape& shape) {
+  GlmCase<T> c(shape, 32);
+  std::fill(c.diagonal.begin(), c.diagonal.end(), T(0));
+  const int64_t blocks = glm_narrow_blocks(shape.rows), rows = kGlmNarrowRows;
+  const auto blocked = [&](const std::vector<T>& from, int64_t width) {
+    std::vector<T> to(blocks * width * rows, T(0));
+    for (int64_t i = 0; i < shape.rows; ++i)
+      for (int64_t j = 0; j < width; ++j) to[(i / rows * width + j) * rows + i % rows] = from[i * width + j];
+    return to;
+  };
+  const auto x = blocked(c.x, shape.features), scales = blocked(c.scales, shape.classes),
+             targets = blocked(c.values, shape.classes);
+  GlmTiles<T> all[3];
+  const int count = glm_all_tiles(all);
+  for (const auto function : {kGlmFitLinear, kGlmFitLogistic, kGlmFitSoftmax})
+    for (const T size : {T(1), T(300)})  // also where exponentials are 0 or overflow
+      for (int k = 0; k < count; ++k) {
+        GlmCase<T> big = c;
+        for (auto& v : big.v) v *= size;
+        std::vector<T> acc(glm_narrow_partial(shape.features, shape.classes), T(NAN)), out(big.size, T(NAN));
+        all[k].narrow(
+            {function, x.data(), scales.data(), targets.data(), shape.features, shape.classes, big.stride, shape.bias},
+            0, blocks, big.v.data(), acc.data(), out.data());
+        std::vector<double> expected;
+        plain_product(big, function, 0, 0, expected);
+        for (int64_t j = 0; j < big.size; ++j) CHECK_NEAR(out[j], expected[j], 10 * kTolerance<T>);
+      }
+}
+
+// Descent over blocks against descent by sweeps; threads change no bit.
+template <typename T>
+void test_narrow(const GlmShape& shape) {
+  for (const auto function : {kGlmFitLinear, kGlmFitLogistic, kGlmFitSoftmax})
+    for (const bool moves : {false, true}) {
+      GlmCase<T> c(shape, 64);
+      std::vector<T> narrow(glm_narrow_size(shape.rows, shape.features, shape.classes) + 1), w, w2, w3, moving, moving2;
+      auto by_sweeps = c.descent(function, w, moves ? &moving : nullptr, nullptr, nullptr);
+      by_sweeps.product.diagonal = nullptr;
+      glm_descent_cpu(by_sweeps, serial_for);
+      glm_descent_cpu(c.descent(function, w2, moves ? &moving2 : nullptr, nullptr, narrow.data()), serial_for);
+      for (int64_t j = 0; j < c.size; ++j) CHECK_NEAR(w2[j], w[j], kTolerance<T>);
+      for (int64_t j = 0; moves && j < c.size; ++j) CHECK_NEAR(moving2[j], moving[j], kTolerance<T>);
+      glm_descent_cpu(c.descent(function, w3, moves ? &moving : nullptr, nullptr, narrow.data()), thread_pool);
+      CHECK(same_bits(w2, w3, 0, c.size));
+    }
+}
+
 // Solves by every pool, checked by the true residual.
 template <typename T>
 void test_cg() {
@@ -138,6 +187,15 @@ void run() {
       test_product<T>(shape, chunk_rows);
       test_halves<T>(shape, chunk_rows);
     }
+  for (const GlmShape& shape : std::vector<GlmShape>{{1, 1, 0, 3, 2, true},
+                                                     {1, 1, 1, 1, 1, false},
+                                                     {1, 1, 63, 20, 1, true},
+                                                     {1, 1, 64, 5, 3, false},
+                                                     {1, 1, 130, 128, 10, true},
+                                                     {1, 1, 3000, 33, 32, true}}) {
+    test_narrow_sums<T>(shape);
+    test_narrow<T>(shape);
+  }
   test_cg<T>();
 }
 

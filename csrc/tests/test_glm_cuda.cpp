@@ -86,19 +86,21 @@ void test_loops() {
   check_close(acc2, acc);
   check_close(term2, term);
 
-  GlmCase<T> a(one, 32), b(one, 32);
-  auto velocity = a.v, velocity2 = velocity, w = a.v, w2 = w;
-  std::vector<T> losses(3 * one.tasks), losses2(3 * one.tasks);
-  product = a.product(kGlmSoftmaxIndex);
-  product2 = b.product(kGlmSoftmaxIndex);
-  product.v = w.data();
-  product2.v = w2.data();
-  glm_descent_cpu<T>({product, w.data(), velocity.data(), losses.data(), T(0.1), T(0.9), 3}, serial_for);
-  CHECK(glm_descent_cuda<T>({product2, w2.data(), velocity2.data(), losses2.data(), T(0.1), T(0.9), 3}, nullptr) ==
-        nullptr);
-  check_close(w2, w);
-  check_close(velocity2, velocity);
-  check_close(losses2, losses);
+  for (const auto function : {kGlmSoftmaxIndex, kGlmFitLogistic, kGlmFitSoftmax})
+    for (const bool moves : {false, true}) {
+      GlmCase<T> a(one, 32), b(one, 32);
+      std::vector<T> w, w2, velocity, velocity2, losses(3 * one.tasks), losses2(3 * one.tasks);
+      T* const no_loss = nullptr;
+      const bool is_loss = glm_is_loss(function);
+      glm_descent_cpu(a.descent(function, w, moves ? &velocity : nullptr, is_loss ? losses.data() : no_loss, nullptr),
+                      serial_for);
+      CHECK(glm_descent_cuda(
+                b.descent(function, w2, moves ? &velocity2 : nullptr, is_loss ? losses2.data() : no_loss, nullptr),
+                nullptr) == nullptr);
+      check_close(w2, w);
+      check_close(velocity2, velocity);
+      check_close(losses2, losses);
+    }
 }
 
 template <typename T>

@@ -7,6 +7,7 @@ do not differentiate twice. `step.py` puts the gradient and a captured optimizer
 update are taken of the optimizer's own code (`update.py`).
 """
 
+from mlopt.autodiff.descent import DescentGraph, descent_graph
 from mlopt.autodiff.gradient import GradientGraph, ReadGradientGraph, gradient_graph, read_gradient_graph
 from mlopt.autodiff.layers import replace_layers
 from mlopt.autodiff.layout import FlatLayout
@@ -32,6 +33,7 @@ from mlopt.autodiff.trace import TracedGraph
 from mlopt.passes import draws_random
 
 __all__ = [
+    "DescentGraph",
     "FlatLayout",
     "GradientGraph",
     "LinearizationGraphs",
@@ -43,6 +45,7 @@ __all__ = [
     "TaskAxis",
     "TotalUpdateGraph",
     "TracedGraph",
+    "descent_graph",
     "draws_random",
     "fits",
     "gradient_and_linearization_graphs",

@@ -13,13 +13,15 @@ from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
 from mlopt.backends.inductor.cache import machine
 from mlopt.backends.native import NativeBackend
-from mlopt.backends.steps import Leap, StepsLoop, StepsOutcome
+from mlopt.backends.steps import FEWEST_STEPS, Descent, Leap, StepsLoop, StepsOutcome
 from mlopt.errors import BackendWarning
 
 __all__ = [
+    "FEWEST_STEPS",
     "AbstractBackend",
     "Changing",
     "Compiled",
+    "Descent",
     "EagerBackend",
     "InductorBackend",
     "Leap",

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from mlopt.passes import GlmDescentStructure
+
 
 @dataclasses.dataclass(frozen=True)
 class Lowering:
@@ -79,6 +81,7 @@ class AbstractBackend(abc.ABC):
 
     name: str
     compiles = False  # whether graphs become machine code; what pays only then is left out otherwise
+    has_kernels = False  # whether `lower_descent` returns anything
 
     def prepare(  # noqa: B027 - a backend without a slow part has nothing to prepare
         self, modules: Sequence[fx.GraphModule], progress: Callable[[int, int], None] = lambda done, total: None
@@ -107,6 +110,16 @@ class AbstractBackend(abc.ABC):
     def is_prepared(self, module: fx.GraphModule) -> bool:
         """Whether `lower` returns quickly for this graph."""
         return True
+
+    def lower_descent(self, structure: GlmDescentStructure, module: fx.GraphModule, tables: Compiled) -> Any:
+        """Return what makes steps of descent on a linear model (a `mlopt.backends.Descent`), or None.
+
+        Args:
+            structure: What is known of the steps.
+            module: The graph of what all steps from one point have in common.
+            tables: What it was lowered to.
+        """
+        return None
 
     @abc.abstractmethod
     def lower(self, module: fx.GraphModule) -> Compiled:

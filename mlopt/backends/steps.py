@@ -1,15 +1,18 @@
-"""Runs a lowered graph many times, each time on what it returned before."""
+"""Runs a lowered graph many times, each time on what it returned before; or what makes as many steps in its place."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
 from mlopt import ops
-from mlopt.backends.base import Changing, Compiled
+from mlopt.backends.base import Changing, Compiled, Lowering
+
+# Below, what all steps of a `Descent` have in common costs more than is gained.
+FEWEST_STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,44 @@ class Leap:
     times: int
 
 
+class Descent(Protocol):
+    """Makes many calls of a graph, where batch and numbers stay the same, in a way of its own."""
+
+    @property
+    def lowering(self) -> Lowering:
+        """What is reported of it."""
+
+    def make(
+        self, arguments: Sequence[Any], feedback: Sequence[tuple[int, int]], num_steps: int
+    ) -> StepsOutcome | None:
+        """Make calls; nothing is written.
+
+        Args:
+            arguments: Those of the first call.
+            feedback: (output, argument) pairs, as in `Changing`.
+            num_steps: How many.
+
+        Returns:
+            The new values, without outputs; None where it cannot be.
+        """
+
+    def run(
+        self,
+        arguments: Sequence[Any],
+        feedback: Sequence[tuple[int, int]],
+        num_steps: int,
+        otherwise: Callable[[int], Any],
+    ) -> StepsOutcome | None:
+        """Do what `make` does, or return None where the calls are better made by the graph.
+
+        Args:
+            arguments: As in `make`.
+            feedback: As in `make`.
+            num_steps: As in `make`.
+            otherwise: Makes so many by the graph, to be measured against.
+        """
+
+
 class StepsLoop:
     """Calls a graph many times in a row: in one native loop if it is a package, else by a loop in Python.
 
@@ -54,15 +95,23 @@ class StepsLoop:
         call: The graph.
         changing: Which arguments change from call to call.
         leap: What makes several calls at once, as long as others follow.
+        descent: What makes all but the last, where it can.
         is_random: Whether the graph draws random numbers.
     """
 
     def __init__(
-        self, call: Compiled, changing: Changing, leap: Leap | None = None, *, is_random: bool = False
+        self,
+        call: Compiled,
+        changing: Changing,
+        leap: Leap | None = None,
+        *,
+        descent: Descent | None = None,
+        is_random: bool = False,
     ) -> None:
         self._call = call
         self._changing = changing
         self._leap = leap
+        self._descent = descent
         self._is_random = is_random
         # What was made for the last arguments. The next run has most often the same tensors, with new values.
         self._known: tuple[list[Any], tuple[Any, Any, Any]] | None = None
@@ -88,20 +137,30 @@ class StepsLoop:
         if steps is None:
             return self._run_in_python(arguments, batches, order, numbers)
         times = self._leap.times if self._leap is not None else 1
-        result = steps.run(batches, order, numbers, leap, times, self._recorder(arguments, numbers))
-        error: BaseException | None = None
-        try:
-            result.raise_error()
-        except BaseException as raised:  # KeyboardInterrupt, too: the caller stores the steps made, then raises it
-            error = raised
+        recorder = self._recorder(arguments, numbers)
+
+        def run(count: int, fed: Sequence[torch.Tensor]) -> Any:
+            return steps.run(batches, order[-count:], numbers[-count:], leap, times, fed, recorder)
+
+        made = StepsOutcome(0, [], None, (), None)
+        if self._descent is not None and _are_uniform(batches, numbers):
+            first = list(arguments)
+            for position, value in zip(self._changing.numbers, numbers[0].unbind(), strict=True):
+                first[position] = value
+            feedback = self._changing.feedback
+            made = self._descent.run(first, feedback, len(order) - 1, lambda count: run(count, [])) or made
+            if made.error is not None:
+                return made
+        result = run(len(order) - made.num_steps, made.fed)
+        num_steps, error = made.num_steps + result.num_steps, error_of(result)
         if not result.computed:
-            return StepsOutcome(result.num_steps, result.fed, None, (), error)
+            return StepsOutcome(num_steps, result.fed, None, (), error)
         outputs = results(arguments, result.computed)
         kept = [
             every if every is not None else _stacked([last] * result.num_steps)
             for every, last in zip(result.kept, outputs, strict=False)
         ]
-        return StepsOutcome(result.num_steps, result.fed, outputs, kept, error)
+        return StepsOutcome(num_steps, result.fed, outputs, kept, error)
 
     def _recorder(self, arguments: Sequence[Any], numbers: torch.Tensor) -> Any:
         """Return what records a call, if all of them launch the same: a recording holds numbers of the host, too."""
@@ -120,8 +179,7 @@ class StepsLoop:
     ) -> StepsOutcome:
         """Do what `Steps::run` of csrc/runtime/steps.cpp does."""
         leap, made = self._leap, 0
-        uniform = len(batches) == 1 and numbers.stride(0) == 0
-        leaps = (len(order) - 1) // leap.times if leap is not None and uniform else 0
+        leaps = (len(order) - 1) // leap.times if leap is not None and _are_uniform(batches, numbers) else 0
         if leap is not None and leaps:
             first = _loop_in_python(leap.call, arguments, leap.changing, batches, order[:leaps], numbers[:leaps])
             made = first.num_steps * leap.times
@@ -145,6 +203,20 @@ class StepsLoop:
         bound = (None, None, None) if native is None else (*native, leap and leap[0])
         self._known = None if native is None else (key, bound)
         return bound
+
+
+def error_of(result: Any) -> BaseException | None:
+    """Return what ended a native loop early; KeyboardInterrupt, too: the caller stores the steps made, then raises."""
+    try:
+        result.raise_error()
+    except BaseException as raised:
+        return raised
+    return None
+
+
+def _are_uniform(batches: Sequence[Sequence[torch.Tensor]], numbers: torch.Tensor) -> bool:
+    """Whether all calls are of one batch and the same numbers."""
+    return len(batches) == 1 and numbers.stride(0) == 0
 
 
 def _is_same(a: Any, b: Any) -> bool:

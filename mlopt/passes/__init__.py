@@ -2,13 +2,21 @@
 
 A pass takes a `GraphModule`, rewrites it in place, lints, recompiles and returns it; it keeps the numerics, does
 nothing where nothing matches, and changes nothing when run twice. `DEFAULT_PASSES` is the whole optimizer;
-`remove_fresh_writes_pass` makes recorded graphs functional in the first place. `find_glm` and `extract` change nothing:
-they find the structure that kernels are written for, and take parts of a graph out. `size_hint` is the number that such
-choices take for a free size.
+`remove_fresh_writes_pass` makes recorded graphs functional in the first place. `find_glm`, `find_descent` and `extract`
+change nothing: they find the structure that kernels are written for, and take parts of a graph out. `size_hint` is the
+number that such choices take for a free size.
 """
 
 from mlopt.passes.extract import draws_random, extract
-from mlopt.passes.glm import ONE_TASK, GlmRowKind, GlmStructure, find_glm
+from mlopt.passes.glm import (
+    ONE_TASK,
+    GlmDescentStructure,
+    GlmFitKind,
+    GlmRowKind,
+    GlmStructure,
+    find_descent,
+    find_glm,
+)
 from mlopt.passes.hints import size_hint
 from mlopt.passes.merge_equal_nodes import merge_equal_nodes_pass
 from mlopt.passes.remove_dead_nodes import remove_dead_nodes_pass
@@ -20,10 +28,13 @@ from mlopt.passes.runner import DEFAULT_PASSES, run_default_passes
 __all__ = [
     "DEFAULT_PASSES",
     "ONE_TASK",
+    "GlmDescentStructure",
+    "GlmFitKind",
     "GlmRowKind",
     "GlmStructure",
     "draws_random",
     "extract",
+    "find_descent",
     "find_glm",
     "has_writes",
     "merge_equal_nodes_pass",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mlopt.autodiff import (
+    DescentGraph,
     FlatLayout,
     GradientGraph,
     LinearizationGraphs,
@@ -194,11 +195,12 @@ class DerivativeGraphs:
     has_tasks: bool = False
     step: StepGraph | None = None
     repeated: RepeatedSteps | None = None  # of `step`
+    descent: DescentGraph | None = None  # of `step`, in place of `repeated`
     update: TotalUpdateGraph | None = None
 
     def without_updates(self) -> DerivativeGraphs:
         """Return the graphs that know nothing of the optimizer."""
-        return dataclasses.replace(self, step=None, repeated=None, update=None)
+        return dataclasses.replace(self, step=None, repeated=None, descent=None, update=None)
 
     def modules(self) -> dict[str, torch.fx.GraphModule]:
         """Return the graphs by name, in the order they are used."""
@@ -217,6 +219,8 @@ class DerivativeGraphs:
             found["step"] = self.step.module
         if self.repeated is not None:
             found[f"{self.repeated.times} steps"] = self.repeated.module
+        if self.descent is not None:
+            found["descent"] = self.descent.module
         if self.update is not None:
             found["update"] = self.update.module
         return found
@@ -287,7 +291,11 @@ class GraphDerivatives(AbstractDerivatives):
         if graphs.step is not None:
             repeated = graphs.repeated
             several = None if repeated is None else (repeated, self._call[f"{repeated.times} steps"])
-            self.step = CompiledStep(graphs.step, graphs.loss, self._call["step"], several)
+            descent = None
+            if graphs.descent is not None:
+                graph = graphs.descent
+                descent = backend.lower_descent(graph.structure, graph.module, self._call["descent"])
+            self.step = CompiledStep(graphs.step, graphs.loss, self._call["step"], several, descent)
         if graphs.update is not None:
             self.update = CompiledUpdate(graphs.update, self._call["update"])
         self._values: Mapping[int, torch.Tensor] = {}
@@ -301,7 +309,10 @@ class GraphDerivatives(AbstractDerivatives):
 
     def lowerings(self) -> dict[str, Lowering]:
         """Return what became of each graph."""
-        return {name: call.lowering for name, call in self._call.items()}
+        found = {name: call.lowering for name, call in self._call.items()}
+        if self.step is not None and self.step.descent is not None:
+            found["descent"] = self.step.descent.lowering
+        return found
 
     @contextlib.contextmanager
     def at(self, values: Mapping[int, torch.Tensor]) -> Iterator[None]:

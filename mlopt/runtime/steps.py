@@ -7,17 +7,19 @@ half of a step behind.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from mlopt.autodiff import RepeatedSteps, StepGraph, draws_random
-from mlopt.backends import Changing, Compiled, Leap, StepsLoop, StepsOutcome
+from mlopt.backends import Changing, Compiled, Descent, Leap, StepsLoop, StepsOutcome
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch
 from mlopt.runtime.finite import all_finite
 from mlopt.runtime.lowered_update import LoweredUpdate
+
+_CHECKED = 4  # steps that are compared
 
 
 class CompiledStep(LoweredUpdate):
@@ -28,6 +30,12 @@ class CompiledStep(LoweredUpdate):
         loss: The loss that it was made from.
         call: The lowered graph.
         several: A graph of several of these steps, and what it was lowered to.
+        descent: What makes many of them by a kernel.
+
+    Attributes:
+        graph: As given.
+        several: As given.
+        descent: As given.
     """
 
     def __init__(
@@ -36,10 +44,12 @@ class CompiledStep(LoweredUpdate):
         loss: LossGraph,
         call: Compiled,
         several: tuple[RepeatedSteps, Compiled] | None = None,
+        descent: Descent | None = None,
     ) -> None:
         super().__init__(graph.update, call)
         self.graph = graph
         self.several = several
+        self.descent = descent
         self._loss = loss
         numbers = [i for i, x in enumerate(graph.settings) if x.role is UpdateRole.HYPERPARAMETER]
         # A number that the step itself changes is fed back; the others may be changed by a scheduler.
@@ -55,7 +65,7 @@ class CompiledStep(LoweredUpdate):
             leap = Leap(several_call, dataclasses.replace(changing, feedback=repeated.feedback), repeated.times)
         is_random = any(draws_random(node) for node in graph.module.graph.nodes)
         keeping = dataclasses.replace(changing, num_kept=1 + graph.num_metrics)
-        self._loop = StepsLoop(call, changing, leap, is_random=is_random)
+        self._loop = StepsLoop(call, changing, leap, descent=descent, is_random=is_random)
         self._keeping_loop = StepsLoop(call, keeping, is_random=is_random)
         self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
         self._unset = torch.zeros((), dtype=torch.float64)
@@ -83,25 +93,34 @@ class CompiledStep(LoweredUpdate):
         """
         return self.call(*self._arguments(batch, update))
 
-    def compute_several(self, batch: Batch, update: UpdateGraph) -> tuple[Sequence[Any], Sequence[Any]]:
-        """Make the steps of the graph of several of them, by it and one by one; write nothing.
+    def compute_several(
+        self, batch: Batch, update: UpdateGraph
+    ) -> Iterator[tuple[str, int, Sequence[Any], Sequence[Any]]]:
+        """Make several steps at once, in every way there is, and one by one; write nothing.
 
         Args:
             batch: As in `compute`.
             update: As in `compute`.
 
-        Returns:
-            What both feed back.
+        Yields:
+            What made the steps, how many, what it feeds back, and what single steps do.
         """
-        assert self.several is not None
-        repeated, call = self.several
         arguments: list[Any] = self._arguments(batch, update)
-        together = call(*arguments)
-        for _ in range(repeated.times):
-            results = self.call(*arguments)
+        if self.several is not None:
+            repeated, call = self.several
+            yield "one graph", repeated.times, call(*arguments), self._one_by_one(arguments, repeated.times)
+        if self.descent is not None:
+            outcome = self.descent.make(arguments, self.graph.feedback, _CHECKED)
+            if outcome is not None:
+                yield "a kernel", _CHECKED, outcome.fed, self._one_by_one(arguments, _CHECKED)
+
+    def _one_by_one(self, arguments: Sequence[Any], times: int) -> list[Any]:
+        present = list(arguments)
+        for _ in range(times):
+            results = self.call(*present)
             for output, position in self.graph.feedback:
-                arguments[position] = results[output]
-        return together, [arguments[position] for _, position in repeated.feedback]
+                present[position] = results[output]
+        return [present[position] for _, position in self.graph.feedback]
 
     def run(
         self,

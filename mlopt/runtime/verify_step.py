@@ -120,13 +120,11 @@ class _Twin:
 
 
 def _find_several_disagreement(step: CompiledStep, update: UpdateGraph, batch: Batch, tolerance: float) -> str | None:
-    """Compare the graph of several steps with as many single ones."""
-    if step.several is None:
-        return None
-    times = step.several[0].times
-    for k, (got, expected) in enumerate(zip(*step.compute_several(batch, update), strict=True)):
-        difference = float((got.double() - expected.double()).norm())
-        allowed = times * tolerance * (1e-30 + float(expected.double().norm()))
-        if not difference <= allowed and bool(expected.isfinite().all()):
-            return f"{times} steps in one graph differ from single ones by {difference:.2e} in result {k}"
+    """Compare what makes several steps at once with as many single ones."""
+    for what, times, together, one_by_one in step.compute_several(batch, update):
+        for k, (got, expected) in enumerate(zip(together, one_by_one, strict=True)):
+            difference = float((got.double() - expected.double()).norm())
+            allowed = times * tolerance * (1e-30 + float(expected.double().norm()))
+            if not difference <= allowed and bool(expected.isfinite().all()):
+                return f"{times} steps by {what} differ from single ones by {difference:.2e} in result {k}"
     return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlopt.autodiff import (
     FlatLayout,
-    StepGraph,
+    descent_graph,
     num_repeated,
     present_gradients,
     repeated_steps,
@@ -15,15 +15,23 @@ from mlopt.autodiff import (
     total_update_graph,
     with_gradient,
 )
+from mlopt.backends import FEWEST_STEPS
 from mlopt.capture import capture_update, warmed_twin
 from mlopt.errors import UpdateError
 from mlopt.planner import ProblemPlan
 from mlopt.problem import Problem
+from mlopt.runtime.data import BatchStream
 from mlopt.runtime.derivatives import DerivativeGraphs
 
 
 def add_updates(
-    graphs: DerivativeGraphs, problem: Problem, layout: FlatLayout, planned: ProblemPlan
+    graphs: DerivativeGraphs,
+    problem: Problem,
+    layout: FlatLayout,
+    planned: ProblemPlan,
+    stream: BatchStream,
+    *,
+    has_kernels: bool,
 ) -> DerivativeGraphs | str:
     """Capture a step of the optimizer and join it to the gradients.
 
@@ -35,6 +43,8 @@ def add_updates(
         problem: The problem.
         layout: Its layout.
         planned: What its step is made of.
+        stream: Its batches.
+        has_kernels: Whether the backend has kernels for whole descents.
 
     Returns:
         The graphs with `DerivativeGraphs.step` or `DerivativeGraphs.update`, or why there is none.
@@ -62,12 +72,23 @@ def add_updates(
         step = step_graph(graphs.loss, graphs.gradient, update, **scaling)
     except UpdateError as error:
         return str(error)
-    times = _times(problem, step) if planned.runs_ahead else 0
-    return dataclasses.replace(graphs, step=step, repeated=repeated_steps(step, times) if times else None)
+    joined = dataclasses.replace(graphs, step=step)
+    if not planned.runs_ahead or not _has_one_batch(problem):
+        return joined
+    # All but the last, which is made by itself, for its loss.
+    count = problem.unroll_steps - 1
+    if has_kernels and count >= FEWEST_STEPS and not graphs.has_tasks:
+        batch, loss = stream.peek(), graphs.loss
+        fits = batch.spec == loss.batch_spec and loss.guard.accepts(batch.tensors)
+        descent = descent_graph(step, loss, batch.tensors) if fits else None
+        if descent is not None:
+            return dataclasses.replace(joined, descent=descent)
+    times = num_repeated(step, count)
+    return dataclasses.replace(joined, repeated=repeated_steps(step, times)) if times else joined
 
 
-def _times(problem: Problem, step: StepGraph) -> int:
-    """Return how many steps one graph should make; 0 for no such graph: it takes one batch for all of them."""
+def _has_one_batch(problem: Problem) -> bool:
+    """Whether all steps are on the same batch."""
     data = problem.data
     still = data is None or (type(data) in (list, tuple) and problem.loaders() is None and len(data) == 1)  # type: ignore[arg-type]
-    return num_repeated(step, problem.unroll_steps - 1) if still and not problem.draws_batches else 0
+    return still and not problem.draws_batches

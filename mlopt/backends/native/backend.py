@@ -14,9 +14,10 @@ from mlopt.backends.base import AbstractBackend, Compiled
 from mlopt.backends.eager import EagerGraph
 from mlopt.backends.inductor.cache import DiskCache, machine
 from mlopt.backends.native.choice import Choice
+from mlopt.backends.native.descent import GlmDescent
 from mlopt.backends.native.glm import GlmGraph
 from mlopt.backends.native.skinny import SkinnyGraph, lower_skinny_products
-from mlopt.passes import find_glm
+from mlopt.passes import GlmDescentStructure, find_glm
 
 # Raised when choices of an older mlopt must not be used any more: the kernels have changed.
 _FORMAT = 2
@@ -36,6 +37,7 @@ class NativeBackend(AbstractBackend):
     ) -> None:
         self.name = name
         self.compiles = other.compiles
+        self.has_kernels = True
         self._other = other
         self._cache = DiskCache(cache_dir)
         self._prepared: dict[fx.GraphModule, tuple[fx.GraphModule, int]] = {}  # without narrow products; how many
@@ -80,6 +82,10 @@ class NativeBackend(AbstractBackend):
         if structure is not None:
             lowered = GlmGraph(structure, lowered, self._choice(module, "kernel"))
         return lowered
+
+    def lower_descent(self, structure: GlmDescentStructure, module: fx.GraphModule, tables: Compiled) -> GlmDescent:
+        """Return the steps by a kernel, measured against the graph of a single one."""
+        return GlmDescent(structure, tables, self._choice(module, "kernel"))
 
     def _choice(self, module: fx.GraphModule, name: str) -> Choice:
         values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]

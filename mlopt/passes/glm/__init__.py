@@ -5,9 +5,21 @@ logistic regression, hyper-cleaning, linear heads on frozen features. `structure
 says what it found, or nothing; `values.py` holds what it knows of a node, `rules.py` how each operation acts on that,
 `simplify.py` makes graphs look alike first. The proof is by exclusion: every node that depends on v must be covered by
 a rule. The curvature f is then read off the graph itself, so there is no list of losses.
+
+`descent.py` finds whole optimizer steps on such losses, where their gradient is of one of three kinds.
 """
 
+from mlopt.passes.glm.descent import GlmDescentStructure, GlmFitKind, find_descent
 from mlopt.passes.glm.rules import is_widened
 from mlopt.passes.glm.structure import ONE_TASK, GlmRowKind, GlmStructure, find_glm
 
-__all__ = ["ONE_TASK", "GlmRowKind", "GlmStructure", "find_glm", "is_widened"]
+__all__ = [
+    "ONE_TASK",
+    "GlmDescentStructure",
+    "GlmFitKind",
+    "GlmRowKind",
+    "GlmStructure",
+    "find_descent",
+    "find_glm",
+    "is_widened",
+]

@@ -128,7 +128,7 @@ def _plan(graph: Graph, content: Mapping[str, Any], backend: AbstractBackend, st
     plan = Plan(graph, content["program"], executor, report, _no_reference, lambda latest: None)
     plan.num_steps = restore(executor, state, surroundings=False)
     start = time.perf_counter()  # from here on optimizers have their settings, which their steps are captured with
-    saved.lower(content, layouts, backend, report)
+    saved.lower(content, layouts, streams, backend, report)
     report.seconds["lower"] = time.perf_counter() - start
     return plan
 
@@ -153,6 +153,7 @@ class _SavedDerivatives:
         self,
         content: Mapping[str, Any],
         layouts: Mapping[str, FlatLayout],
+        streams: Mapping[str, BatchStream],
         backend: AbstractBackend,
         report: CompileReport,
     ) -> None:
@@ -163,7 +164,15 @@ class _SavedDerivatives:
             for made, signature in found:
                 joined: DerivativeGraphs | str = made
                 if backend.compiles_on(layouts[name].device):
-                    joined = add_updates(made, self._problems[name], layouts[name], content["program"][name])
+                    planned = content["program"][name]
+                    joined = add_updates(
+                        made,
+                        self._problems[name],
+                        layouts[name],
+                        planned,
+                        streams[name],
+                        has_kernels=backend.has_kernels,
+                    )
                 if isinstance(joined, str):
                     report.eager_updates[name] = joined
                 derivatives = GraphDerivatives(made if isinstance(joined, str) else joined, backend)

@@ -1,0 +1,101 @@
+"""`GlmDescent`: many steps of a problem whose loss reads its parameters through ``X W``, by one call of a kernel."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mlopt import ops
+from mlopt.backends.base import Compiled, Lowering
+from mlopt.backends.measure import device_of
+from mlopt.backends.native.choice import Choice
+from mlopt.backends.steps import FEWEST_STEPS, StepsOutcome, error_of
+from mlopt.passes import GlmDescentStructure
+
+logger = logging.getLogger(__name__)
+
+_MEASURED = 12  # steps
+
+
+class GlmDescent:
+    """Makes steps that were found to be descent on a linear model.
+
+    Args:
+        structure: What was found.
+        tables: The graph of what all steps from one point have in common.
+        choice: Which is faster, these steps or a loop over the graph of a single one; measured in the first run.
+    """
+
+    def __init__(self, structure: GlmDescentStructure, tables: Compiled, choice: Choice) -> None:
+        extension: Any = importlib.import_module("mlopt._C")
+        s = structure
+        self._structure = s
+        self._tables = tables
+        self._choice = choice
+        self._steps = extension.GlmSteps(s.kind.value, s.positions, s.size, s.bias, len(s.states))
+        self._failed = ""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it is the faster way, as far as is known."""
+        return not self._failed and self._choice.first is not False
+
+    @property
+    def lowering(self) -> Lowering:
+        """What is reported of the graph of the tables, and of the steps."""
+        s, figures = self._structure, self._failed or self._choice.figures
+        if not self.is_used:
+            lowering = self._tables.lowering
+            return Lowering(lowering.backend, "; ".join(filter(None, ["not used", figures])))
+        features = s.positions.shape[1] - s.bias
+        parts = [
+            f"steps in one call: X [n, {features}], {len(s.positions)} column{'s' if len(s.positions) > 1 else ''}",
+            f"{s.kind.value} gradient",
+            *(["biases"] if s.bias else []),
+            *(["momentum"] if len(s.states) > 1 else []),
+            *([figures] if figures else []),
+        ]
+        return Lowering("glm kernel", "; ".join(parts))
+
+    def run(
+        self,
+        arguments: Sequence[Any],
+        feedback: Sequence[tuple[int, int]],
+        num_steps: int,
+        otherwise: Callable[[int], Any],
+    ) -> StepsOutcome | None:
+        """See `Descent`."""
+        if not self.is_used or num_steps < FEWEST_STEPS:
+            return None
+        if self._choice.first is None:
+            count = min(num_steps, _MEASURED)
+            if self.make(arguments, feedback, count) is None:
+                return None
+            device = device_of(arguments)
+            self._choice.measure(
+                lambda: self.make(arguments, feedback, count), lambda: otherwise(count), device, f"{count} steps"
+            )
+        return self.make(arguments, feedback, num_steps) if self.is_used else None
+
+    def make(
+        self, arguments: Sequence[Any], feedback: Sequence[tuple[int, int]], num_steps: int
+    ) -> StepsOutcome | None:
+        """See `Descent`."""
+        x, scales, targets, coefficients, holds = self._tables(*arguments)
+        if not bool(holds):
+            self._fail("the steps are not what they were found to be")
+            return None
+        if not ops.has_kernels(x.device, self._structure.dtype):
+            self._fail(f"there are no kernels for {x.device}")
+            return None
+        order = [k for state in self._structure.states for k in state]
+        present = [arguments[feedback[k][1]] for k in order]
+        result = self._steps.run(x, scales, targets, coefficients, present, num_steps)
+        fed = dict(zip(order, result.fed, strict=True))
+        return StepsOutcome(result.num_steps, [fed[k] for k in range(len(order))], None, (), error_of(result))
+
+    def _fail(self, reason: str) -> None:
+        logger.warning("descent on a linear model is not used any more: %s", reason)
+        self._failed = reason
