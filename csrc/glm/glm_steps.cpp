@@ -68,8 +68,8 @@ StepsResult GlmSteps::run(const at::Tensor& x, const at::Tensor& scales, const a
   o.values = targets.contiguous();
   o.scales = scales.contiguous();
   const int64_t stride = s.stride();
-  at::Tensor states = at::zeros({num_states_, classes, stride}, s.options);
-  at::Tensor packed = at::zeros({num_states_, num_states_ + 2, classes, stride}, s.options);
+  const at::Tensor all = at::zeros({num_states_ * (num_states_ + 3), classes, stride}, s.options);
+  at::Tensor states = all.narrow(0, 0, num_states_), packed = all.narrow(0, num_states_, all.size(0) - num_states_);
   packing_.gather(vectors, states);
   packing_.gather(coefficients.contiguous(), packed);
   o.v = states.select(0, 0);

@@ -29,9 +29,10 @@ StepsResult Steps::run(const std::vector<std::vector<at::Tensor>>& batches, cons
                        std::vector<at::Tensor> fed_before, pybind11::handle recorder) const {
   for (size_t b : order) TORCH_CHECK(b < batches.size(), "steps: no batch ", b);
   const auto columns = static_cast<int64_t>(changing_.numbers.size());
+  const auto steps = static_cast<int64_t>(order.size());
   TORCH_CHECK(numbers.scalar_type() == at::kDouble && numbers.dim() == 2 &&
-                  numbers.size(0) == static_cast<int64_t>(order.size()) && numbers.size(1) == columns &&
-                  (columns <= 1 || numbers.stride(1) == 1),
+                  (numbers.size(0) == steps || (numbers.size(0) > steps && numbers.stride(0) == 0)) &&
+                  numbers.size(1) == columns && (columns <= 1 || numbers.stride(1) == 1),
               "steps: expected float64 numbers of shape [", order.size(), ", ", columns, "] with contiguous rows");
   TORCH_CHECK(fed_before.empty() || fed_before.size() == changing_.feedback.size(), "steps: expected ",
               changing_.feedback.size(), " values in place of those fed back, got ", fed_before.size());

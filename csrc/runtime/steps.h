@@ -41,12 +41,12 @@ class Steps {
         StepChanges changing);
 
   // batches: each distinct one once; order: which of them each step takes; numbers: [steps, H] float64, a row per step,
-  // or one row for all of them by a stride of 0. Then, and with a single batch, all steps but the last ones are made
-  // `times` at a time by `leap`, if there is one: a graph that makes so many, feeds back the same values in the same
-  // order, and returns nothing else. fed_before: what takes the place of the inputs that are fed back, or nothing.
-  // recorder: see repeated.h; only for steps that are the same whatever the values on
-  // the host are: no random numbers, no batch, number or fed value there that changes.
-  // Call it without the GIL. What is wrong with the arguments is thrown; what happens in a step is in the result.
+  // or one row for all of them, and more, by a stride of 0. Then, and with a single batch, all steps but the last ones
+  // are made `times` at a time by `leap`, if there is one: a graph that makes so many, feeds back the same values in
+  // the same order, and returns nothing else. fed_before: what takes the place of the inputs that are fed back, or
+  // nothing. recorder: see repeated.h; only for steps that are the same whatever the values on the host are: no random
+  // numbers, no batch, number or fed value there that changes. Call it without the GIL. What is wrong with the
+  // arguments is thrown; what happens in a step is in the result.
   StepsResult run(const std::vector<std::vector<at::Tensor>>& batches, const std::vector<size_t>& order,
                   const at::Tensor& numbers, const std::shared_ptr<Steps>& leap, size_t times,
                   std::vector<at::Tensor> fed_before, pybind11::handle recorder) const;

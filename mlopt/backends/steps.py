@@ -137,13 +137,14 @@ class StepsLoop:
         if steps is None:
             return self._run_in_python(arguments, batches, order, numbers)
         times = self._leap.times if self._leap is not None else 1
-        recorder = self._recorder(arguments, numbers)
+        recorder, uniform = self._recorder(arguments, numbers), _are_uniform(batches, numbers)
 
         def run(count: int, fed: Sequence[torch.Tensor]) -> Any:
-            return steps.run(batches, order[-count:], numbers[-count:], leap, times, fed, recorder)
+            rows = numbers if uniform else numbers[-count:]
+            return steps.run(batches, order[-count:], rows, leap, times, fed, recorder)
 
         made = StepsOutcome(0, [], None, (), None)
-        if self._descent is not None and _are_uniform(batches, numbers):
+        if self._descent is not None and uniform:
             first = list(arguments)
             for position, value in zip(self._changing.numbers, numbers[0].unbind(), strict=True):
                 first[position] = value

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from mlopt.runtime.data import distinct
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.schedule import ScheduleAhead
 from mlopt.runtime.state import Sample
@@ -96,11 +97,10 @@ class AheadRunner:
         derivatives = self._executor.derivatives(name, batches[0])
         if derivatives.is_random and len(batches) == count:
             batches.pop()  # the last step is made by itself: hypergradients need the random numbers it began with
-        distinct = set(map(id, batches))
-        if len(distinct) > 1:
-            kind = batches[0].signature()
-            same = {id(b): b.signature() == kind for b in {id(b): b for b in batches}.values()}
-            batches = list(itertools.takewhile(lambda b: same[id(b)], batches))
+        kinds, order = distinct(batches)
+        if len(kinds) > 1:
+            same = [b.signature() == batches[0].signature() for b in kinds]
+            batches = [b for b, _ in itertools.takewhile(lambda pair: same[pair[1]], zip(batches, order, strict=True))]
         compiled = self._executor.compiled_step(name, derivatives)
         if compiled is None or not compiled.can_repeat or len(batches) < 2:
             return self._single(name)

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,12 @@ class BatchStream:
         return len({tuple(getattr(leaf, "shape", None) for leaf in tree_leaves(entry)) for entry in data}) == 1
 
     @property
+    def has_one_batch(self) -> bool:
+        """Whether all batches are the same `Batch`."""
+        data = self._problem.data
+        return self._is_still and (data is None or len(data) == 1)  # type: ignore[arg-type]
+
+    @property
     def may_run_ahead(self) -> bool:
         """Whether batches of later steps may be fetched now: no code of the user's waits for those steps."""
         return not (self._problem.draws_batches or self._problem.has_epoch_callback)
@@ -104,8 +110,7 @@ class BatchStream:
                 continue
             if id(fetched) not in made:
                 made[id(fetched)] = self._flatten_entry(fetched)
-            data = self._problem.data
-            times = count - len(self._waiting) if data is None or len(data) == 1 else 1  # type: ignore[arg-type]
+            times = count - len(self._waiting) if self.has_one_batch else 1
             self._waiting.extend([made[id(fetched)]] * times)
         return list(itertools.islice(self._waiting, count))
 
@@ -154,6 +159,16 @@ class BatchStream:
     def flatten(self, batch: Any) -> Batch:
         """Flatten a batch of the user's and move it to the problem's device."""
         return Batch(*flatten_batch(self._problem.name, batch, self._device))
+
+
+def distinct(batches: Sequence[Batch]) -> tuple[list[Batch], list[int]]:
+    """Return each `Batch` once, and which of them each of the given ones is."""
+    first = batches[0]
+    if all(map(operator.is_, batches, itertools.repeat(first))):
+        return [first], [0] * len(batches)
+    found = {id(batch): batch for batch in batches}
+    position = {key: k for k, key in enumerate(found)}
+    return list(found.values()), [position[id(batch)] for batch in batches]
 
 
 def _cycles(problem: Problem) -> tuple[list[_Cycle], Callable[[], Any]]:

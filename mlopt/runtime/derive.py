@@ -31,11 +31,18 @@ class Derivation:
         self._derive = derive
         self._checked = False  # no code of the user's has run since the modules were looked at
         self._uninterrupted = False
+        self._found: dict[str, tuple[Batch, AbstractDerivatives]] = {}  # since then: the last batch of each problem
 
     def __call__(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return the derivatives of a problem that are valid for a batch."""
+        if not self._checked:
+            self._found.clear()
+        known = self._found.get(name)
+        if known is not None and known[0] is batch:
+            return known[1]
         found = self._derive(name, batch, checked=self._checked)
         self._checked = not found.runs_user_code
+        self._found[name] = (batch, found)
         return found
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 from mlopt.autodiff import RepeatedSteps, StepGraph, draws_random
 from mlopt.backends import Changing, Compiled, Descent, Leap, StepsLoop, StepsOutcome
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
-from mlopt.runtime.data import Batch
+from mlopt.runtime.data import Batch, distinct
 from mlopt.runtime.finite import all_finite
 from mlopt.runtime.lowered_update import LoweredUpdate
 
@@ -69,6 +69,7 @@ class CompiledStep(LoweredUpdate):
         self._keeping_loop = StepsLoop(call, keeping, is_random=is_random)
         self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
         self._unset = torch.zeros((), dtype=torch.float64)
+        self._constant: tuple[tuple[float, ...], torch.Tensor] | None = None
 
     @property
     def can_repeat(self) -> bool:
@@ -139,15 +140,13 @@ class CompiledStep(LoweredUpdate):
                 that is not finite stays so, whatever the later steps do.)
             keep_results: Keep loss and metrics of every step, not of the last alone: see `kept_metrics`.
         """
-        distinct = {id(batch): batch for batch in batches}
-        position = {key: k for k, key in enumerate(distinct)}
-        order = [position[id(batch)] for batch in batches] if len(position) > 1 else [0] * len(batches)
-        numbers = _rows(schedule, len(self._scheduled))
+        kinds, order = distinct(batches)
+        numbers = self._rows(schedule)
         # The scheduled numbers come from the rows.
         settings = [self._live(x) if x else self._unset for x in self._read]
         arguments = [*self._loss.bind(batches[0].tensors), *settings]
         loop = self._keeping_loop if keep_results else self._loop
-        outcome = loop.run(arguments, [batch.tensors for batch in distinct.values()], order, numbers)
+        outcome = loop.run(arguments, [batch.tensors for batch in kinds], order, numbers)
         if finite_only and outcome.outputs is not None and not all_finite([outcome.outputs[0], *outcome.fed]):
             return StepsOutcome(0, [], None, (), None)
         if outcome.num_steps:
@@ -172,10 +171,12 @@ class CompiledStep(LoweredUpdate):
         buffers = [self._loss.live(i) for i in self.graph.written_buffers]
         self._commit(fed[:count], also=list(zip(buffers, fed[count:], strict=True)))
 
-
-def _rows(schedule: Sequence[Sequence[float]], width: int) -> torch.Tensor:
-    """Return rows of numbers as a tensor, of stride 0 where all of them are equal, as they often are."""
-    count, first = len(schedule), schedule[0]
-    if schedule.count(first) == count:
-        return torch.tensor([first], dtype=torch.float64).expand(count, width)
-    return torch.tensor(schedule, dtype=torch.float64).reshape(count, width)
+    def _rows(self, schedule: Sequence[Sequence[float]]) -> torch.Tensor:
+        """Return rows of numbers as a tensor, of stride 0 where all are equal; as they often are, and were before."""
+        count, first, width = len(schedule), schedule[0], len(self._scheduled)
+        if schedule.count(first) != count:
+            return torch.tensor(schedule, dtype=torch.float64).reshape(count, width)
+        key = (count, *first)
+        if self._constant is None or self._constant[0] != key:
+            self._constant = key, torch.tensor([first], dtype=torch.float64).expand(count, width)
+        return self._constant[1]

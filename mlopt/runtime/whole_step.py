@@ -73,7 +73,7 @@ def add_updates(
     except UpdateError as error:
         return str(error)
     joined = dataclasses.replace(graphs, step=step)
-    if not planned.runs_ahead or not _has_one_batch(problem):
+    if not planned.runs_ahead or not stream.has_one_batch:
         return joined
     # All but the last, which is made by itself, for its loss.
     count = problem.unroll_steps - 1
@@ -85,10 +85,3 @@ def add_updates(
             return dataclasses.replace(joined, descent=descent)
     times = num_repeated(step, count)
     return dataclasses.replace(joined, repeated=repeated_steps(step, times)) if times else joined
-
-
-def _has_one_batch(problem: Problem) -> bool:
-    """Whether all steps are on the same batch."""
-    data = problem.data
-    still = data is None or (type(data) in (list, tuple) and problem.loaders() is None and len(data) == 1)  # type: ignore[arg-type]
-    return still and not problem.draws_batches

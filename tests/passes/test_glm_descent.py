@@ -345,7 +345,7 @@ def test_a_small_decay_keeps_its_digits():
 
 def test_what_does_not_hold_any_more_is_noticed():
     """The tables are compared with the step whenever they are made: here, with one that was found for another loss."""
-    kind, *made = MATCHES["cross entropy"]
+    _, *made = MATCHES["cross entropy"]
     graphs, batch = joined(*made)
     inputs = inputs_of(graphs, batch)
     model = graphs.descent.structure._model
