@@ -18,6 +18,7 @@ def smoke(name, *options):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_run_vector(tmp_path):
     assert "cg_step" in smoke("run_vector", "--out", str(tmp_path)) and len(list(tmp_path.glob("cpu-*.json"))) == 1
 

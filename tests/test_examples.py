@@ -46,7 +46,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", extras(SMALL, lambda name: name == "darts"))
+@pytest.mark.parametrize("name", extras(SMALL, lambda name: name in ("darts", "reward", "longtail", "pretraining")))
 def test_example(name, tmp_path):
     """It runs, prints the plan and a table, and saves its figure; the figures of the README need the whole run."""
     if name == "reward":

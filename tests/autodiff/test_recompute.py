@@ -181,6 +181,7 @@ def test_a_budget_is_kept_and_the_least_is_computed_again(plan):
     assert products == sorted(products) and products[-2] < products[-1]
 
 
+@pytest.mark.slow
 def test_compile_takes_the_budget_and_says_what_is_kept(monkeypatch):
     full = compiled(program(), GraphBackend(), monkeypatch)
     plan = compiled(program(), GraphBackend(), monkeypatch, residual_budget=100_000)

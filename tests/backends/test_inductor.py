@@ -182,6 +182,7 @@ def make_branching():
     return lower, upper
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_training_is_not_stopped_to_compile_what_a_later_batch_needs(cache_dir, monkeypatch):
     """The last batch takes another branch of the user's Python, and is captured when it comes."""
@@ -439,6 +440,7 @@ class _Sleeps:
         return time.sleep, (600,)
 
 
+@pytest.mark.slow
 def test_processes_that_die_or_hang_cost_only_their_own_job(monkeypatch):
     monkeypatch.setenv("MLOPT_COMPILE_JOBS", "2")
     done = []
@@ -462,6 +464,7 @@ def test_background_jobs_end_when_they_are_cancelled(monkeypatch):
     assert started and all(process.poll() is not None for process in started)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_warm_up_changes_over_to_packages(cache_dir):
     *_, expected = train(make_mlp, "eager", cache_dir, 8)

@@ -236,6 +236,7 @@ def test_unroll_through_upper_steps():
     replayed(plan, lower)
 
 
+@pytest.mark.slow
 def test_every_level():
     """A chain and a nested program, every problem unrolled: against finite differences of the whole run."""
     for spec in ({"a": ["c"], "b": ["a"], "c": ["b"]}, {"a": ["u"], "b": ["a", "u"], "u": ["a", "b"]}):

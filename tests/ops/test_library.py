@@ -90,6 +90,7 @@ def test_an_extension_that_does_not_fit_is_reported_and_not_used(code, reason):
     assert result.returncode != 0 and f"ImportError: the native extension of mlopt {reason}" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_extension_can_be_disabled():
     result = run("import mlopt; print(mlopt.build_config())", MLOPT_DISABLE_EXTENSION="1")
     assert "'extension': False" in result.stdout and result.stderr == ""

@@ -119,6 +119,7 @@ def test_it_changes_nothing_and_prints():
     assert "eigenvalues of H" in text
 
 
+@pytest.mark.slow
 def test_large_problems_are_checked_by_conjugate_gradients(monkeypatch):
     monkeypatch.setattr("mlopt.runtime.check.DENSE_SIZE", 2)
     plan, _ = quadratic(mlopt.Neumann(num_terms=400, scale=0.4))
@@ -134,6 +135,7 @@ def test_large_problems_are_checked_by_conjugate_gradients(monkeypatch):
         assert (edge.error < 1e-6) if reference != "none" else math.isnan(edge.error + report.hypergradients[0].error)
 
 
+@pytest.mark.slow
 def test_unrolled_and_adaptive_estimates():
     """Many steps of gradient descent on a quadratic come near the implicit gradient; few do not."""
     errors = []

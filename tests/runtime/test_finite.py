@@ -77,6 +77,7 @@ def test_raise_names_problem_step_and_tensor_and_changes_nothing():
     assert same(before, everything(lower, _))
 
 
+@pytest.mark.slow
 def test_without_a_guard_the_step_is_made():
     lower, upper = make()[1:]
     poison(lower)
@@ -108,6 +109,7 @@ def test_skip_equals_a_run_without_the_batch():
     assert same(*found)
 
 
+@pytest.mark.slow
 def test_a_skipped_lower_step_is_not_what_the_hypergradient_looks_at():
     plan, lower, upper = make()
     poison(lower)
@@ -121,6 +123,7 @@ def test_a_skipped_lower_step_is_not_what_the_hypergradient_looks_at():
     assert all_finite(plan.hypergradient("reweight").values())
 
 
+@pytest.mark.slow
 def test_skip_gives_up():
     plan, lower, _ = make()
     plan.set_guard(mlopt.NonFiniteGuard("skip", patience=3))
@@ -138,7 +141,10 @@ def test_skip_gives_up():
         plan.step()
 
 
-@pytest.mark.parametrize("estimator", [mlopt.CG(max_steps=3, damping=1.0, warm_start=True), mlopt.Unroll(2)])
+@pytest.mark.parametrize(
+    "estimator",
+    [mlopt.CG(max_steps=3, damping=1.0, warm_start=True), pytest.param(mlopt.Unroll(2), marks=pytest.mark.slow)],
+)
 def test_roll_back_returns_to_the_snapshot(estimator):
     plan, lower, upper = make(hypergradient=estimator, unroll_steps=2)
     guard = mlopt.NonFiniteGuard("roll_back", snapshot_every=4)
@@ -158,6 +164,7 @@ def test_roll_back_returns_to_the_snapshot(estimator):
     assert not same(before, everything(lower, upper))
 
 
+@pytest.mark.slow
 def test_roll_back_gives_up():
     plan, lower, _ = make()
     plan.set_guard(mlopt.NonFiniteGuard("roll_back", patience=2))

@@ -85,7 +85,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("before", extras([4, 0, 8], lambda n: n != 4))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", extras(CASES, lambda name: name == "workers"))
 def test_the_steps_that_follow_are_the_same_bits(case, before):
     """Steps 4 and 8 are in the middle of an unroll and of a pass over the data."""
 
@@ -219,6 +219,7 @@ def test_another_program_is_refused():
         build(0, hypergradient=mlopt.Unroll(2)).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_shorter_data_is_refused():
     torch.manual_seed(0)
     plan = mlopt.compile(mlopt.Graph(list(make(sizes=(12,) * 5))), progress=False)

@@ -11,6 +11,7 @@ import mlopt
 from mlopt.errors import ProblemError
 from tests.helpers import bilevel
 from tests.helpers.double_backward import cg, flat, grad, unflat
+from tests.helpers.extras import extras
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = 4
@@ -86,7 +87,7 @@ def error(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@pytest.mark.parametrize("batch_norm", [False, True], ids=["plain", "batch norm"])
+@pytest.mark.parametrize("batch_norm", extras([False, True], lambda bn: not bn), ids=["plain", "batch norm"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_hypergradient_is_that_of_autocast(precision, batch_norm):
     plan, lower, upper = compiled(precision, batch_norm=batch_norm)
@@ -101,7 +102,7 @@ def test_hypergradient_is_that_of_autocast(precision, batch_norm):
 
 
 @pytest.mark.parametrize("kind", ["graph", "island"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", extras(["bf16", "fp16"], lambda name: name == "bf16"))
 def test_parameters_stay_as_they_are(precision, kind):
     options = {"kind": Printing} if kind == "island" else {}
     plan, lower, _ = compiled(precision, **options)
@@ -111,7 +112,7 @@ def test_parameters_stay_as_they_are(precision, kind):
     assert {p.grad.dtype for p in lower.module.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", extras(["bf16", "fp16"], lambda name: name == "bf16"))
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
 def test_islands_agree_with_graphs(precision, curvature):
     graph, *_ = compiled(precision, curvature=curvature)
@@ -174,7 +175,7 @@ def test_fp16_keeps_tiny_derivatives(curvature, kind):
 
 
 @pytest.mark.parametrize("kind", [Fixed, Printing], ids=["graph", "island"])
-@pytest.mark.parametrize("length", [0.0, 1e-12, 1e-6, 1e6, 1e12])
+@pytest.mark.parametrize("length", extras([0.0, 1e-12, 1e-6, 1e6, 1e12], lambda length: abs(length - 1) < 2e6))
 def test_fp16_products_do_not_depend_on_the_length_of_the_vector(length, kind):
     plan, *_ = compiled("fp16", kind=kind)
     executor = plan._executor

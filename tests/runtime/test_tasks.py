@@ -75,7 +75,11 @@ ESTIMATORS = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", [None, lambda p: torch.optim.Adam(p, lr=0.05)], ids=["sgd", "adam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [None, pytest.param(lambda p: torch.optim.Adam(p, lr=0.05), marks=pytest.mark.slow)],
+    ids=["sgd", "adam"],
+)
 @pytest.mark.parametrize("estimator", extras(ESTIMATORS, lambda e: e not in ESTIMATORS[::4]), ids=repr)
 def test_one_batched_call_equals_serial_ones(estimator, optimizer):
     plan, lower, _ = program(estimator=estimator, optimizer=optimizer, strict=True)
@@ -93,6 +97,7 @@ def test_one_batched_call_equals_serial_ones(estimator, optimizer):
     torch.testing.assert_close(got, torch.stack(serial).mean(0), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_central_difference():
     plan, *_ = program(estimator=mlopt.FiniteDifference(exact=False, step=1e-4), strict=True)
     exact, *_ = program(estimator=mlopt.FiniteDifference(), strict=True)
@@ -130,6 +135,7 @@ class Prints(Adapted):
         return super().training_step(batch)
 
 
+@pytest.mark.slow
 def test_an_island_with_tasks_gives_the_same():
     compiled, *_ = program(strict=True)
     with pytest.warns(mlopt.errors.IslandWarning, match="'adapted'"):
@@ -149,6 +155,7 @@ class Multiplied(mlopt.Problem):
         return F.cross_entropy(self.module(x) * self.shared.module(x), y)
 
 
+@pytest.mark.slow
 def test_dropout_draws_one_mask_per_task_and_step():
     plan, *_ = program(layers=(lambda: nn.Dropout(0.5),))
     assert "not verified: adapted: its tasks draw" in plan.explain()

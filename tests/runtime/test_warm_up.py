@@ -147,6 +147,7 @@ def test_a_short_run_does_not_wait(use):
     plan.run(2)
 
 
+@pytest.mark.slow
 def test_an_error_in_training_ends_the_compilation(use):
     plan, *_ = make()
     backend = use(Backend())
@@ -160,6 +161,7 @@ def test_an_error_in_training_ends_the_compilation(use):
     assert backend.cancelled.is_set()
 
 
+@pytest.mark.slow
 def test_a_failure_is_reported_once(use):
     plan, *_ = make()
     backend = use(Backend(error=OSError("no space left")))
@@ -171,6 +173,7 @@ def test_a_failure_is_reported_once(use):
     assert backends(plan) == {"eager"} and plan.num_steps == 6
 
 
+@pytest.mark.slow
 def test_graphs_that_were_not_compiled_are_reported_once(use):
     class Refusing(Backend):
         def lower(self, module):
@@ -192,6 +195,7 @@ def test_no_compiler(use):
     assert plan.num_steps == 2
 
 
+@pytest.mark.slow
 def test_code_that_is_wrong_is_not_used(use):
     expected, lower, _ = make()
     expected.run(6)

@@ -106,6 +106,7 @@ def test_packages_against_dense_algebra(exported):
     torch.testing.assert_close(flat(plan.hypergradient("reweight")), expected, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(SaveError, match="draws random numbers"):
         trained(dropout=0.3).export_hypergradient("reweight", tmp_path / "a")

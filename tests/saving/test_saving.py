@@ -71,7 +71,7 @@ def _environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.parametrize("estimator", extras(ESTIMATORS, lambda name: list(ESTIMATORS).index(name) % 2))
+@pytest.mark.parametrize("estimator", extras(ESTIMATORS, lambda name: list(ESTIMATORS).index(name) % 3))
 def test_same_bits(estimator, tmp_path):
     problems = make(estimator)
     plan = compiled(problems)
@@ -97,7 +97,7 @@ def test_same_bits(estimator, tmp_path):
     assert_equal(everything(loaded), everything(plan))
 
 
-@pytest.mark.parametrize("backend", extras(["eager", "inductor", "auto"], lambda name: name == "inductor"))
+@pytest.mark.parametrize("backend", extras(["eager", "inductor", "auto"], lambda name: name != "auto"))
 def test_in_a_process_without_the_source(backend, tmp_path):
     problems = make(dropout=0.0)
     plan = compiled(problems, backend)
