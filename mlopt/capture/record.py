@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,16 +111,16 @@ class LossGraph:
             batch: The tensors of the batch.
             values: ``id`` of a live tensor -> what to take in its place.
         """
-        from_batch = iter(batch)
-        values = values or {}
-        bound = []
-        for x in self.inputs:
-            if x.role is InputRole.BATCH:
-                bound.append(next(from_batch))
-            else:
-                assert x.tensor is not None
-                bound.append(values.get(id(x.tensor), x.tensor))
+        live, places = self._places
+        bound = [values.get(id(t), t) for t in live] if values else list(live)
+        for position, tensor in zip(places, batch, strict=False):
+            bound[position] = tensor
         return bound
+
+    @functools.cached_property
+    def _places(self) -> tuple[list[Any], list[int]]:
+        """The live tensors of the inputs, None where they are the batch's; and where those are."""
+        return [x.tensor for x in self.inputs], self.positions(InputRole.BATCH)
 
     def named_metrics(self, values: Sequence[Any]) -> dict[str, Any]:
         """Return all metrics as `training_step` returned them, given those that are outputs of the graph."""

@@ -18,6 +18,8 @@ from mlopt.errors import DataError
 from mlopt.problem import Problem
 from mlopt.runtime.rng import get_all_generators, set_all_generators
 
+# Flattened entries of a list that are kept; what is kept holds no tensors but those of the list.
+_MOST_KEPT = 1000
 # Batches whose sizes are compared; a longer list counts as one of different sizes.
 _MOST_COMPARED = 1000
 
@@ -60,7 +62,7 @@ class BatchStream:
         self._is_still = not problem.draws_batches and (problem.data is None or is_list)
         self._restarted = False  # since `take_restart`
         self._waiting: collections.deque[Batch] = collections.deque()
-        self._last: tuple[Any, Batch] | None = None  # of data that is a list: an entry, and what it was made
+        self._entries: dict[int, tuple[Any, Batch]] = {}  # of data that is a list: by id, an entry and what it was made
 
     @property
     def is_still(self) -> bool:
@@ -116,12 +118,15 @@ class BatchStream:
 
     def _flatten_entry(self, entry: Any) -> Batch:
         """Flatten an entry of a list; a tuple of tensors that are on the device is the same `Batch` every time."""
-        if self._last is not None and self._last[0] is entry:
-            return self._last[1]
+        known = self._entries.get(id(entry))
+        if known is not None and known[0] is entry:
+            return known[1]
         batch = self.flatten(entry)
         tensors = batch.tensors
         if type(entry) is tuple and len(entry) == len(tensors) and all(map(operator.is_, entry, tensors)):
-            self._last = (entry, batch)
+            if len(self._entries) >= _MOST_KEPT:  # the list's entries are being replaced, or there are very many
+                self._entries.clear()
+            self._entries[id(entry)] = (entry, batch)
         return batch
 
     def advance(self, count: int) -> None:

@@ -10,7 +10,6 @@ import abc
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -336,9 +335,15 @@ class GraphDerivatives(AbstractDerivatives):
         inputs = self._loss.bind(batch.tensors, self._values)
         graph, loss = self.graphs.gradient, self._loss
         outputs = list(self._call["gradient"](*inputs))
-        ends = list(itertools.accumulate([1, len(loss.metrics), len(graph.own), len(graph.cotangents)]))
-        (value,), metrics, own, cotangents, buffers = (
-            outputs[a:b] for a, b in itertools.pairwise([0, *ends, len(outputs)])
+        start = 1 + len(loss.metrics)
+        middle = start + len(graph.own)
+        end = middle + len(graph.cotangents)
+        value, metrics, own, cotangents, buffers = (
+            outputs[0],
+            outputs[1:start],
+            outputs[start:middle],
+            outputs[middle:end],
+            outputs[end:],
         )
         return GradientResult(
             loss=value,

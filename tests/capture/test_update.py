@@ -447,7 +447,7 @@ def many(seed=0):
 
 
 @pytest.mark.parametrize(
-    "name", extras([*ELEMENTWISE, *WRITTEN], lambda name: name in ELEMENTWISE and name not in ("sgd", "adamw"))
+    "name", extras([*ELEMENTWISE, *WRITTEN], lambda n: n in ELEMENTWISE and n not in ("sgd", "adamw"))
 )
 def test_many_parameters_of_one_kind(name, monkeypatch):
     """Traced by a few of each kind where that is right, whole where it is not; never wrong."""

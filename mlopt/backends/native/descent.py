@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from mlopt import ops
 from mlopt.backends.base import Compiled, Lowering
 from mlopt.backends.measure import device_of
@@ -29,12 +31,11 @@ class GlmDescent:
     """
 
     def __init__(self, structure: GlmDescentStructure, tables: Compiled, choice: Choice) -> None:
-        extension: Any = importlib.import_module("mlopt._C")
-        s = structure
-        self._structure = s
+        self._structure = structure
         self._tables = tables
         self._choice = choice
-        self._steps = extension.GlmSteps(s.kind.value, s.positions, s.size, s.bias, len(s.states))
+        self._steps: dict[torch.device, Any] = {}
+        self._order = [k for state in structure.states for k in state]
         self._failed = ""
 
     @property
@@ -90,11 +91,20 @@ class GlmDescent:
         if not ops.has_kernels(x.device, self._structure.dtype):
             self._fail(f"there are no kernels for {x.device}")
             return None
-        order = [k for state in self._structure.states for k in state]
-        present = [arguments[feedback[k][1]] for k in order]
-        result = self._steps.run(x, scales, targets, coefficients, present, num_steps)
-        fed = dict(zip(order, result.fed, strict=True))
-        return StepsOutcome(result.num_steps, [fed[k] for k in range(len(order))], None, (), error_of(result))
+        present = [arguments[feedback[k][1]] for k in self._order]
+        result = self._on(x.device).run(x, scales, targets, coefficients, present, num_steps)
+        fed = dict(zip(self._order, result.fed, strict=True))
+        return StepsOutcome(result.num_steps, [fed[k] for k in range(len(fed))], None, (), error_of(result))
+
+    def _on(self, device: torch.device) -> Any:
+        """Return the native steps for a device."""
+        steps = self._steps.get(device)
+        if steps is None:
+            extension: Any = importlib.import_module("mlopt._C")
+            s = self._structure
+            steps = extension.GlmSteps(s.kind.value, s.positions.to(device), s.size, s.bias, len(s.states))
+            self._steps[device] = steps
+        return steps
 
     def _fail(self, reason: str) -> None:
         logger.warning("descent on a linear model is not used any more: %s", reason)
