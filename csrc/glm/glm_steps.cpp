@@ -38,8 +38,9 @@ StepsResult GlmSteps::run(const at::Tensor& x, const at::Tensor& scales, const a
   const at::NoGradGuard no_grad;
   const WorkspaceScope scope;
   const int64_t classes = packing_.classes(), size = packing_.size();
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == packing_.features(), kName, ": expected x [n, ", packing_.features(),
-              "], got ", x.sizes());
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == packing_.features() && x.device() == packing_.device(), kName,
+              ": expected x [n, ", packing_.features(), "] on ", packing_.device(), ", got ", x.sizes(), " on ",
+              x.device());
   TORCH_CHECK(num_steps >= 0 && !present.empty() && present.size() % static_cast<size_t>(num_states_) == 0, kName,
               ": expected num_steps >= 0 and the tensors of ", num_states_, " states, got ", num_steps, ", ",
               present.size());

@@ -201,7 +201,7 @@ def test_operator_refuses_what_does_not_fit():
     for positions in ([[0, 0]], [[0, 4]], [[0, -1]]):
         with pytest.raises(RuntimeError, match=r"expected each position in 0\.\.3 at most once"):
             operator(x, positions, size=4)
-    with pytest.raises(RuntimeError, match=r"expected int64 positions \[C, 2\]"):
+    with pytest.raises(RuntimeError, match=r"expected x \[n, 3\]"):
         operator(x, [[0, 1, 2]], size=4)
     with pytest.raises(RuntimeError, match="expected diagonal of shape"):
         operator(x, [[0, 1]], size=4, diagonal=torch.ones(3, dtype=torch.float64))

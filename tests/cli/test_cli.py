@@ -85,6 +85,7 @@ def test_explain_shows_the_error_of_a_script(tmp_path):
     assert "GraphError" in result.stderr or "ValueError" in result.stderr
 
 
+@pytest.mark.slow
 def test_doctor(tmp_path):
     result = run("doctor", MLOPT_CACHE_DIR=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -110,6 +110,7 @@ def test_a_value_that_keeps_changing_makes_an_island():
     assert "lower" in plan._report.islands
 
 
+@pytest.mark.slow
 def test_a_value_that_keeps_changing_is_an_error_if_strict():
     lower, upper, _ = build()
     plan = mlopt.compile(mlopt.Graph([lower, upper]), strict=True)

@@ -258,7 +258,7 @@ def test_wrong_graphs_of_several_steps_are_not_used(monkeypatch):
     def is_several(module):
         return num_ends(module)[1] == 8 and len(module.graph.nodes) > 300
 
-    with pytest.raises(mlopt.errors.VerificationError, match="11 steps in one graph differ"):
+    with pytest.raises(mlopt.errors.VerificationError, match="11 steps by one graph differ"):
         compiled(make(), Wrong(is_several), monkeypatch)
 
 
