@@ -49,7 +49,7 @@ inline bool glm_is_narrow(GlmFunction function, int64_t tasks, int64_t features,
 template <typename T>
 struct GlmNarrow {
   GlmFunction function;
-  const T* x;        // [blocks, D, kGlmNarrowRows]; rows past the end are 0
+  const T* x;        // [blocks, D, kGlmNarrowRows]; rows past the end are 0 (so infinite weights make NaN there)
   const T* scales;   // [blocks, C, kGlmNarrowRows]; likewise
   const T* targets;  // like scales
   int64_t features, classes, stride;

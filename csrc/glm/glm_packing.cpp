@@ -12,6 +12,7 @@ namespace mlopt {
 
 GlmPacking::GlmPacking(const char* name, const at::Tensor& positions, int64_t size, bool bias)
     : name_(name), positions_(positions.contiguous()), size_(size), bias_(bias) {
+  TORCH_CHECK(size >= 1, name, ": expected at least one parameter, got ", size);
   TORCH_CHECK(positions.dim() == 2 && positions.scalar_type() == at::kLong && positions.size(0) >= 1 &&
                   positions.size(0) <= kGlmMaxClasses && positions.size(1) >= (bias ? 1 : 0),
               name, ": expected int64 positions [C, D", bias ? " + 1" : "", "] with C of 1 to ", kGlmMaxClasses,

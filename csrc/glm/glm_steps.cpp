@@ -30,6 +30,8 @@ GlmFunction function_of(const std::string& kind) {
 GlmSteps::GlmSteps(const std::string& kind, const at::Tensor& positions, int64_t size, bool bias, int64_t num_states)
     : function_(function_of(kind)), packing_(kName, positions, size, bias), num_states_(num_states) {
   TORCH_CHECK(num_states == 1 || num_states == 2, kName, ": expected 1 or 2 states, got ", num_states);
+  TORCH_CHECK(positions.numel() == size, kName, ": expected a position for each of ", size, " parameters, got ",
+              positions.numel());
 }
 
 StepsResult GlmSteps::run(const at::Tensor& x, const at::Tensor& scales, const at::Tensor& targets,
@@ -76,12 +78,13 @@ StepsResult GlmSteps::run(const at::Tensor& x, const at::Tensor& scales, const a
   o.v = states.select(0, 0);
   o.out = at::empty({classes, stride}, s.options);
   at::Tensor narrow;
-  if (x.is_cpu() && glm_is_narrow(function_, 1, s.features, num_steps))
+  const int64_t work = 2 * s.rows * s.features * classes + 1;
+  const int64_t at_once = std::min(num_steps, std::max<int64_t>(1, kUnpolled / work));
+  if (x.is_cpu() && glm_is_narrow(function_, 1, s.features, at_once))  // each time copies X
     narrow = at::empty({glm_narrow_size(s.rows, s.features, classes)}, s.options);
 
   StepsResult result;
   SignalPoll poll;
-  const int64_t work = 2 * s.rows * s.features * classes + 1, at_once = std::max<int64_t>(1, kUnpolled / work);
   while (result.num_steps < num_steps && !result.error) {
     const int64_t count = std::min(at_once, num_steps - result.num_steps);
     with_dtype(kName, states, [&](auto zero) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from mlopt.autodiff.step import StepGraph
 from mlopt.autodiff.trace import trace
 from mlopt.capture import LossGraph, UpdateRole
 from mlopt.passes import GlmDescentStructure, draws_random, find_descent, run_default_passes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -51,12 +54,16 @@ def descent_graph(step: StepGraph, loss: LossGraph, tensors: Sequence[torch.Tens
     for x, value in zip(step.settings, values[len(inputs) :], strict=True):
         known = x.role is UpdateRole.HYPERPARAMETER  # the state may not be there yet
         inputs.append(update.live(x) if known else torch.zeros(value.shape, dtype=value.dtype, device=device))
-    with torch.no_grad():
-        structure = find_descent(step.module, step.feedback, states, [t.detach() for t in inputs])
-        if structure is None:
-            return None
-        tables = trace(lambda given: [*structure.tables(given)], inputs, [frozenset[int]()] * len(inputs), [])
-    return DescentGraph(run_default_passes(tables.module), structure)
+    try:
+        with torch.no_grad():
+            structure = find_descent(step.module, step.feedback, states, [t.detach() for t in inputs])
+            if structure is None:
+                return None
+            tables = trace(lambda given: [*structure.tables(given)], inputs, [frozenset[int]()] * len(inputs), [])
+        return DescentGraph(run_default_passes(tables.module), structure)
+    except Exception:  # pieces of a graph are run on inputs it was not made for; without this, steps are single ones
+        logger.debug("looking for descent on a linear model failed", exc_info=True)
+        return None
 
 
 def _states(step: StepGraph) -> list[list[int]] | None:

@@ -149,7 +149,7 @@ class StepsLoop:
             for position, value in zip(self._changing.numbers, numbers[0].unbind(), strict=True):
                 first[position] = value
             feedback = self._changing.feedback
-            made = self._descent.run(first, feedback, len(order) - 1, lambda count: run(count, [])) or made
+            made = self._descent.run(first, feedback, len(order) - 1, lambda count: _whole(run(count, []))) or made
             if made.error is not None:
                 return made
         result = run(len(order) - made.num_steps, made.fed)
@@ -213,6 +213,12 @@ def error_of(result: Any) -> BaseException | None:
     except BaseException as raised:
         return raised
     return None
+
+
+def _whole(result: Any) -> Any:
+    """Return the result of a native loop if nothing ended it early; raise that otherwise."""
+    result.raise_error()
+    return result
 
 
 def _are_uniform(batches: Sequence[Sequence[torch.Tensor]], numbers: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from mlopt.errors import DataError
 from mlopt.problem import Problem
 from mlopt.runtime.rng import get_all_generators, set_all_generators
 
-# Flattened entries of a list that are kept; what is kept holds no tensors but those of the list.
+# Flattened entries of a list that are kept, and never more than it has: they hold its tensors, and maybe older ones.
 _MOST_KEPT = 1000
 # Batches whose sizes are compared; a longer list counts as one of different sizes.
 _MOST_COMPARED = 1000
@@ -124,7 +124,8 @@ class BatchStream:
         batch = self.flatten(entry)
         tensors = batch.tensors
         if type(entry) is tuple and len(entry) == len(tensors) and all(map(operator.is_, entry, tensors)):
-            if len(self._entries) >= _MOST_KEPT:  # the list's entries are being replaced, or there are very many
+            data = self._problem.data
+            if len(self._entries) >= min(_MOST_KEPT, len(data)):  # type: ignore[arg-type]  # some were replaced
                 self._entries.clear()
             self._entries[id(entry)] = (entry, batch)
         return batch

@@ -112,6 +112,8 @@ class CompiledStep(LoweredUpdate):
             yield "one graph", repeated.times, call(*arguments), self._one_by_one(arguments, repeated.times)
         if self.descent is not None:
             outcome = self.descent.make(arguments, self.graph.feedback, _CHECKED)
+            if outcome is not None and outcome.error is not None:
+                raise outcome.error
             if outcome is not None:
                 yield "a kernel", _CHECKED, outcome.fed, self._one_by_one(arguments, _CHECKED)
 

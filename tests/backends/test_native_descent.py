@@ -1,5 +1,7 @@
 """Lower loops on linear models by one kernel: the same training as by single steps, and when it is not used."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,25 @@ def test_not_where_it_is_slower(cache, made, monkeypatch):
     assert not made
     assert_same(ours, theirs)
     assert "not used; " in ours.explain()
+
+
+def test_ctrl_c_while_measuring(cache, made, faster, monkeypatch):
+    """It comes through, nothing is written, and what was measured is not kept."""
+    plan = program("auto", cache)
+    plan.run(2)
+    before = state(plan)
+    make = GlmDescent.make
+
+    def interrupted(self, arguments, feedback, num_steps):
+        outcome = make(self, arguments, feedback, num_steps)
+        return dataclasses.replace(outcome, error=KeyboardInterrupt())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GlmDescent, "make", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            plan.run(10)
+    assert all(map(torch.equal, state(plan)["lower"], before["lower"]))
+    assert not list(cache.rglob("native-*"))
 
 
 def test_not_when_it_does_not_hold_any_more(cache, made, faster, caplog):

@@ -61,6 +61,19 @@ def damped(parameters):
     return optim.SGD(parameters, lr=0.1, momentum=0.8, dampening=0.3, maximize=True)
 
 
+class Cubic(optim.SGD):
+    """Steps by the gradient, and a little by its third power."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad + 1e-11 * p.grad.pow(3))
+
+
 def by_groups(parameters):
     first, *others = parameters
     return optim.SGD([{"params": [first], "lr": 0.05, "weight_decay": 0.1}, {"params": others}], lr=0.3)
@@ -132,6 +145,12 @@ MATCHES = {
         SOFTMAX,
         lambda: Weights(C, D),
         lambda p, x, y: weighted(p, F.cross_entropy(F.linear(x, p.module.w), y, reduction="none")),
+        sgd,
+    ),
+    "a flat weight": (
+        SOFTMAX,
+        lambda: Weights(D * C),
+        lambda p, x, y: weighted(p, F.cross_entropy(x @ p.module.w.view(D, C), y, reduction="none")),
         sgd,
     ),
     "frozen features": (SOFTMAX, Frozen, entropy, with_momentum),
@@ -232,6 +251,37 @@ NEAR_MISSES = {
         sgd,
         {},
     ),
+    "a soft cap far away": (
+        lambda: nn.Linear(D, 1),
+        lambda p, x, y: F.mse_loss(2e6 * (p(x)[:, 0] / 2e6).tanh(), 1e6 * y.to(x)) + 0 * p.upper.module.c.sum(),
+        sgd,
+        {},
+    ),
+    "a cubic far away": (
+        lambda: nn.Linear(D, 1),
+        lambda p, x, y: weighted(p, (p(x)[:, 0] - y).square() + 1e-14 * p(x)[:, 0].pow(3)),
+        sgd,
+        {},
+    ),
+    "a logarithm with a floor": (
+        lambda: nn.Linear(D, C),
+        lambda p, x, y: weighted(p, -(p(x).softmax(1) + 1e-60).log().gather(1, y[:, None])[:, 0]),
+        sgd,
+        {},
+    ),
+    "a barrier": (
+        lambda: nn.Linear(D, C),
+        lambda p, x, y: entropy(p, x, y) + weighted(p, (p(x) - 110).exp().sum(1)),
+        sgd,
+        {},
+    ),
+    "a small quartic": (
+        lambda: nn.Linear(D, C),
+        lambda p, x, y: entropy(p, x, y) + 1e-11 * p.module.weight.pow(4).sum(),
+        sgd,
+        {},
+    ),
+    "an optimizer with a cubic": (lambda: nn.Linear(D, C), entropy, Cubic, {}),
     "adam": (lambda: nn.Linear(D, C), entropy, lambda q: optim.Adam(q, lr=0.1), {}),
     "rprop": (lambda: nn.Linear(D, C), entropy, lambda q: optim.Rprop(q, lr=0.1), {}),
     "a clipped gradient": (lambda: nn.Linear(D, C), entropy, sgd, {"clip_norm": 1e6}),
@@ -343,6 +393,15 @@ def test_a_small_decay_keeps_its_digits():
     torch.testing.assert_close(coefficients[0, 1], torch.full((D * C,), -3e-8), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
+def test_large_targets_keep_their_digits(offset):
+    """A scale that is read off a difference of nearby values would have the rounding of the targets in it."""
+    loss = lambda p, x, y: F.mse_loss(p(x), F.one_hot(y, C).to(x) + offset) + 0 * p.upper.module.c.sum()  # noqa: E731
+    graphs, batch = joined(lambda: nn.Linear(D, C), loss, sgd, dtype=torch.float32)
+    scales = graphs.descent.module(*inputs_of(graphs, batch))[1]
+    torch.testing.assert_close(scales, torch.full((N, C), 2 / (N * C)), rtol=1e-6, atol=0)
+
+
 def test_what_does_not_hold_any_more_is_noticed():
     """The tables are compared with the step whenever they are made: here, with one that was found for another loss."""
     _, *made = MATCHES["cross entropy"]
@@ -402,6 +461,8 @@ def test_wrong_arguments():
         (("cauchy", positions, 6, False, 1), "kind"),
         (("softmax", positions, 6, False, 3), "states"),
         (("softmax", positions * 0, 6, False, 1), "at most once"),
+        (("softmax", positions, 7, False, 1), "a position for each"),
+        (("softmax", positions[:, :0], 0, False, 1), "at least one"),
     ):
         with pytest.raises(RuntimeError, match=message):
             extension.GlmSteps(*arguments)

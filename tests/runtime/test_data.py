@@ -1,5 +1,7 @@
 """Batches of a problem: order, several loaders, their ends."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,24 @@ def loader(numbers, batch_size=1):
 
 def test_one_loader_starts_over():
     assert [int(b.tensors[0]) for b in values(loader([1, 2, 3]), 7)] == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_an_entry_of_a_list_is_one_batch_as_long_as_it_is_there():
+    data = [(torch.zeros(1), torch.zeros(1)) for _ in range(3)]
+    stream = BatchStream(problem(data))
+    first = []
+    for _ in range(6):
+        first.append(stream.peek())
+        stream.advance(1)
+    assert all(map(lambda a, b: a is b, first[:3], first[3:]))
+    replaced = weakref.ref(data[0][0])
+    del first
+    for _ in range(4):
+        data[:] = [(torch.ones(1), torch.ones(1)) for _ in range(3)]
+        for _ in range(3):
+            assert stream.peek().tensors[0] is not None
+            stream.advance(1)
+    assert replaced() is None  # what was replaced is not kept for ever
 
 
 @pytest.mark.parametrize("container", [tuple, list])

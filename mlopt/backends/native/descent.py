@@ -56,7 +56,7 @@ class GlmDescent:
             f"{s.kind.value} gradient",
             *(["biases"] if s.bias else []),
             *(["momentum"] if len(s.states) > 1 else []),
-            *([figures] if figures else []),
+            figures or "not measured yet",
         ]
         return Lowering("glm kernel", "; ".join(parts))
 
@@ -72,12 +72,16 @@ class GlmDescent:
             return None
         if self._choice.first is None:
             count = min(num_steps, _MEASURED)
-            if self.make(arguments, feedback, count) is None:
+
+            def kernel() -> StepsOutcome | None:
+                made = self.make(arguments, feedback, count)
+                if made is not None and made.error is not None:
+                    raise made.error  # Ctrl-C; nothing has been written, and what was measured is worth nothing
+                return made
+
+            if kernel() is None:
                 return None
-            device = device_of(arguments)
-            self._choice.measure(
-                lambda: self.make(arguments, feedback, count), lambda: otherwise(count), device, f"{count} steps"
-            )
+            self._choice.measure(kernel, lambda: otherwise(count), device_of(arguments), f"{count} steps")
         return self.make(arguments, feedback, num_steps) if self.is_used else None
 
     def make(
@@ -86,7 +90,8 @@ class GlmDescent:
         """See `Descent`."""
         x, scales, targets, coefficients, holds = self._tables(*arguments)
         if not bool(holds):
-            self._fail("the steps are not what they were found to be")
+            if all(bool(t.isfinite().all()) for t in (scales, targets, coefficients)):
+                self._fail("the steps are not what they were found to be")
             return None
         if not ops.has_kernels(x.device, self._structure.dtype):
             self._fail(f"there are no kernels for {x.device}")

@@ -10,13 +10,14 @@ exponential family in its natural parameter, with any sample weights, masks and 
 state is the parameters and, with momentum, a velocity: SGD in all its forms, with quadratic regularizers and proximal
 terms.
 
-The proof has two parts. The graph shows what may depend on what: every path from the state to the new state goes
-through one product ``X W``, the products with X^T, or operations between parameters. And both pieces in between are
-built from a list of operations that are analytic in the state, so that they are equal to the formulas above for every
-state if they are at states drawn at random, in float64. The tables are then read off the graph itself, by evaluating it
-where mean is 0 or 1; there is no list of losses or optimizers. What else the pieces read (labels, the variables of the
-problem above) is drawn at random, too, as far as it is real numbers; and whenever the tables are computed again, both
-pieces are compared with them at one more state.
+There is no list of losses or optimizers. The graph shows what may depend on what: every path from the state to the new
+state goes through one product ``X W``, the products with X^T, or operations between parameters. Both pieces in between
+are built from a list of operations without kinks or cases: polynomials, and for the sigmoid and the softmax analytic
+functions. They are compared with the formulas above at states drawn at random, of several sizes, in float64; what else
+they read (the variables of the problem above) is drawn at random, too, as far as it is real numbers. That is evidence,
+not a proof: what is added to a gradient and stays below a 1e-9 part of it at all those sizes is not seen. The tables
+are read off the graph by evaluating it where mean is 0 or 1; and whenever they are computed again, both pieces are
+compared with them at one more state.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _SATURATED = 80.0  # exp(-80) is nothing beside 1 in float32 and in float64, and exp(80) is a float32
-_TOLERANCE = 1e-9  # of comparisons in float64
+_FAR = 2.0**40  # so large that no target counts beside it
+_TOLERANCE = 1e-9  # of comparisons in float64, relative to the terms of each element
 _CHECK_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}  # of those made in the dtype of the step
+_STATE_SIZES = (1.0, 1e3, 1e6)  # of the states that are drawn
 
 
 class GlmFitKind(enum.Enum):
@@ -50,6 +53,16 @@ class GlmFitKind(enum.Enum):
     LINEAR = "linear"  # u
     LOGISTIC = "logistic"  # the sigmoid of each element
     SOFTMAX = "softmax"
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """Of the rows at which a gradient is compared: also where exponentials vanish, but none overflows."""
+        return _STATE_SIZES if self is GlmFitKind.LINEAR else (1.0, 15.0, 100.0, 250.0)
+
+    @property
+    def check_sizes(self) -> tuple[float, ...]:
+        """The same for the comparison that is part of the tables: a wrong scale shows far away, a wrong target near."""
+        return (1.0, _FAR) if self is GlmFitKind.LINEAR else (1.0,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +99,15 @@ class GlmDescentStructure:
             whether the step is what these say, at one state more.
         """
         model = self._model
-        scales, targets = model.tables(self.kind, inputs)
+        scales, targets = model.tables(self.kind, inputs, self.dtype)
         coefficients = model.coefficients(inputs)
+        tolerance = _CHECK_TOLERANCE[self.dtype]
         u = _scattered((model.num_rows, model.num_columns), scales)
-        expected = scales * mean_of(self.kind, u) - targets
-        holds = _is_close(model.residuals(inputs, u), expected, _CHECK_TOLERANCE[self.dtype])
+        holds = [model.fits(self.kind, inputs, u * size, scales, targets, tolerance) for size in self.kind.check_sizes]
         state = _scattered((len(self.states), self.size), coefficients)
         sums = _scattered(tuple(self.positions.shape), coefficients)
-        got, affine = model.compare(inputs, coefficients, state, sums)
-        holds = holds & _is_close([got], affine, _CHECK_TOLERANCE[self.dtype])
-        return model.matrix(inputs), scales, targets, coefficients.to(self.dtype), holds
+        holds.append(model.is_affine(inputs, coefficients, state, sums, tolerance))
+        return model.matrix(inputs), scales, targets, coefficients.to(self.dtype), torch.stack(holds).all()
 
 
 def mean_of(kind: GlmFitKind, u: torch.Tensor) -> torch.Tensor:
@@ -111,10 +123,13 @@ def _scattered(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return (count * 12.9898).sin().mul(2).view(shape)
 
 
-def _is_close(got: Sequence[torch.Tensor], expected: torch.Tensor, tolerance: float) -> torch.Tensor:
-    scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
-    close = [((x - expected).abs() <= tolerance * scale).all() for x in got]
-    return torch.stack(close).all()
+def _is_close(
+    got: torch.Tensor, terms: Sequence[torch.Tensor], tolerance: float, slack: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """Whether a value is the sum of some terms, up to a part of each element's own size, and something more."""
+    allowed = tolerance * sum(t.abs() for t in terms) + slack
+    floor = 1e-30 * allowed.max() if allowed.numel() else 0.0
+    return ((got - sum(terms)).abs() <= allowed + floor).all()
 
 
 def find_descent(
@@ -171,14 +186,14 @@ def _drawn(examples: Sequence[Any], model: _Model) -> list[list[Any]]:
     """Return the examples, and others with other real numbers, where the step is not NaN."""
     generator = torch.Generator().manual_seed(0)
 
-    def moved(t: Any, noise: float) -> Any:
-        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+    def moved(k: int, t: Any, noise: float) -> Any:
+        if k not in model.varying or not isinstance(t, torch.Tensor) or not t.is_floating_point():
             return t
         draws = torch.randn((2, *t.shape), generator=generator, dtype=torch.float64).to(t.device, t.dtype)
         return t * (1 + 0.2 * draws[0]) + noise * draws[1]
 
     for noise in (0.1, 0.0):  # weights that must stay positive are only scaled
-        inputs = [[moved(t, noise) for t in examples] for _ in range(2)]
+        inputs = [[moved(k, t, noise) for k, t in enumerate(examples)] for _ in range(2)]
         if all(model.is_finite(given) for given in inputs):
             return [list(examples), *inputs]
     raise NoMatchError("it is not finite for other inputs")
@@ -211,6 +226,18 @@ _POLYNOMIAL = _LAYOUT | {
     aten.expand.default,
     aten.pow.Tensor_Scalar,  # see `_is_smooth`
     aten.div.Tensor,  # likewise
+}
+# Linear in each of what may depend on the state, and so polynomials, too; for rows only.
+_MULTILINEAR = {
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    aten.mse_loss_backward.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.gather.default,
+    aten.scatter_add.default,
+    aten.where.self,
+    aten.masked_fill.Scalar,
 }
 # Analytic functions of what they may depend on here.
 _ANALYTIC = _POLYNOMIAL | {
@@ -359,10 +386,10 @@ class _Model:
         return not node.kwargs
 
     def _is_x_transposed(self, node: Any) -> bool:
-        swaps = node.target is aten.t.default or (
-            node.target in (aten.transpose.int, aten.permute.default) and len(shape_of(node)) == 2
-        )
-        return swaps and node.args[0] is self._x
+        swaps = node.target is aten.t.default and len(shape_of(node)) == 2
+        swaps |= node.target is aten.transpose.int and {d % 2 for d in node.args[1:3]} == {0, 1}
+        swaps |= node.target is aten.permute.default and [d % 2 for d in node.args[1]] == [1, 0]
+        return swaps and node.args[0] is self._x and len(shape_of(self._x)) == 2
 
     def _origin(self, node: Any) -> fx.Node | None:
         """Return the parameter that a node is, laid out otherwise."""
@@ -411,6 +438,10 @@ class _Model:
         self._middle = extract(self._module, [*others, self._entries[0]], ds)
         self._outer = extract(self._module, [*others, *self._present, product, *sums], self._new)
         self._matrix = extract(self._module, others, [self._x])
+        self.device = self._x.meta["val"].device
+        read = [zip(self._others, m.graph.nodes, strict=False) for m in (self._middle, self._outer)]
+        #: Inputs that the pieces read; X itself may be large, and is none of them.
+        self.varying = {k for pairs in read for k, node in pairs if node.users}
 
     def _places(self, node: fx.Node) -> torch.Tensor:
         """Return where the elements of a parameter, laid out otherwise, lie in the vector of all parameters."""
@@ -442,24 +473,22 @@ class _Model:
 
     def is_finite(self, inputs: Sequence[Any]) -> bool:
         """Whether D and the new state are finite."""
-        x = self.matrix(inputs)
-        u = x.new_ones((self.num_rows, self.num_columns), dtype=self.dtype)
+        u = torch.ones((self.num_rows, self.num_columns), dtype=self.dtype, device=self.device)
         return all(bool(t.isfinite().all()) for t in [*self.residuals(inputs, u), self.coefficients(inputs)])
 
-    def tables(self, kind: GlmFitKind, inputs: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tables(self, kind: GlmFitKind, inputs: Sequence[Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scales and targets, if D is ``scales * mean - targets``: D where the mean is 0, and where it is 1."""
-        x, shape = self.matrix(inputs), (self.num_rows, self.num_columns)
-        # In float64 if all inputs have been made float64, to be compared.
-        dtype = torch.float64 if x.dtype == torch.float64 else self.dtype
+        shape = (self.num_rows, self.num_columns)
 
         def at(*value: float) -> torch.Tensor:
-            full = [torch.full((self.num_rows,), v, dtype=dtype, device=x.device) for v in value]
+            full = [torch.full((self.num_rows,), v, dtype=dtype, device=self.device) for v in value]
             return self.residuals(inputs, torch.stack(full, 1).expand(shape))[0]
 
         if kind is not GlmFitKind.SOFTMAX:
-            low, high = (0.0, 1.0) if kind is GlmFitKind.LINEAR else (-_SATURATED, _SATURATED)
+            # A difference of nearby values would lose the digits that large targets take.
+            low, high, size = (0.0, _FAR, _FAR) if kind is GlmFitKind.LINEAR else (-_SATURATED, _SATURATED, 1.0)
             zero = at(*[low] * self.num_columns)
-            return (at(*[high] * self.num_columns) - zero).contiguous(), zero.neg().contiguous()
+            return ((at(*[high] * self.num_columns) - zero) / size).contiguous(), zero.neg().contiguous()
         rest = (0.0,) * (self.num_columns - 2)
         first, second = at(_SATURATED, 0.0, *rest), at(0.0, _SATURATED, *rest)
         zero = torch.cat([second[:, :1], first[:, 1:]], 1)
@@ -467,7 +496,7 @@ class _Model:
 
     def coefficients(self, inputs: Sequence[Any]) -> torch.Tensor:
         """Return the coefficients of the new state, [states, states + 2, N] float64; see `GlmDescentStructure`."""
-        given, device = self._given(inputs), self.matrix(inputs).device
+        given, device = self._given(inputs), self.device
 
         def at(state: int, product: float = 0.0) -> torch.Tensor:
             values = [float(k == state) for k in range(self._num_states) for _ in self._own]
@@ -490,46 +519,82 @@ class _Model:
 
     # ---- the formulas, compared with the pieces at random ----
 
-    def compare(
-        self, inputs: Sequence[Any], coefficients: torch.Tensor, state: torch.Tensor, sums: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the new state at a state [states, N] and sums [C, D] or [C, D + 1], and what the coefficients say."""
+    def is_affine(
+        self,
+        inputs: Sequence[Any],
+        coefficients: torch.Tensor,
+        state: torch.Tensor,
+        sums: torch.Tensor,
+        tolerance: float,
+    ) -> torch.Tensor:
+        """Whether the new state is what the coefficients say, at a state [states, N] and sums [C, D] or [C, D + 1]."""
         positions = self.positions.to(state.device)
         g = state.new_zeros(self.size).scatter(0, positions.reshape(-1), sums.reshape(-1))
         parts = state.reshape(-1).split([int(torch.Size(s).numel()) for s in self._shapes])
         present = [p.view(s) for p, s in zip(parts, self._shapes, strict=True)]
         product = sums[:, : self.num_features]
-        leaving = [(product if self._turned else product.T).reshape(self._product_shape)]
-        leaving += [sums[:, -1].reshape(s) for s in self._sum_shapes]
+        leaving = [(product if self._turned else product.T).contiguous().view(self._product_shape)]
+        leaving += [sums[:, -1].contiguous().view(s) for s in self._sum_shapes]
         got = self._increments(present, self._outer(*self._given(inputs), *present, *leaving))
-        return got, (coefficients * torch.stack([torch.ones_like(g), *state, g])).sum(1)
+        terms = coefficients * torch.stack([torch.ones_like(g), *state, g])
+        return _is_close(got, terms.unbind(1), tolerance, 4e-16 * state.abs())  # an increment is a difference
+
+    def fits(
+        self,
+        kind: GlmFitKind,
+        inputs: Sequence[Any],
+        u: torch.Tensor,
+        scales: torch.Tensor,
+        targets: torch.Tensor,
+        tolerance: float,
+    ) -> torch.Tensor:
+        """Whether D at rows U [n, C] is what the tables say, as each exit reads it."""
+        terms = [scales * mean_of(kind, u), -targets]
+        # Where a mean vanishes, to a part of the size that it may have.
+        slack = 0.0 if kind is GlmFitKind.LINEAR else tolerance * scales.abs()
+        return torch.stack([_is_close(d, terms, tolerance, slack) for d in self.residuals(inputs, u)]).all()
 
     def check_coefficients(self, inputs: Sequence[Any]) -> None:
         """Compare the new state with the affine function of the old one that `coefficients` says it is."""
         coefficients, generator = self.coefficients(inputs), torch.Generator().manual_seed(0)
-        for _ in range(2):
+        for size in _STATE_SIZES:
             shapes = (self._num_states, self.size), tuple(self.positions.shape)
             state, sums = (
-                torch.randn(s, generator=generator, dtype=torch.float64).to(coefficients.device) for s in shapes
+                size * torch.randn(s, generator=generator, dtype=torch.float64).to(self.device) for s in shapes
             )
-            got, expected = self.compare(inputs, coefficients, state, sums)
-            if got.dtype != torch.float64 or not bool(_is_close([got], expected, _TOLERANCE)):
+            same = self.is_affine(inputs, coefficients, state, sums, _TOLERANCE)
+            if coefficients.dtype != torch.float64 or not bool(same):
                 raise NoMatchError("the new state is not affine in state and gradient, element by element")
 
     def has_kind(self, kind: GlmFitKind, inputs: Sequence[Any]) -> bool:
         """Whether D is ``scales * mean - targets`` for this mean, of every row by itself."""
         if kind is GlmFitKind.SOFTMAX and self.num_columns < 2:
             return False
-        inputs = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in inputs]
-        scales, targets = self.tables(kind, inputs)
+        if kind is GlmFitKind.LINEAR and not self._is_polynomial:
+            return False
+        given = [
+            t.double() if k in self.varying and isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            for k, t in enumerate(inputs)
+        ]
+        scales, targets = self.tables(kind, given, torch.float64)
         generator = torch.Generator().manual_seed(0)
-        for _ in range(2):
-            u = 2 * torch.randn(self.num_rows, self.num_columns, generator=generator, dtype=torch.float64)
-            u = u.to(scales.device)
-            residuals = self.residuals(inputs, u)
-            expected = scales * mean_of(kind, u) - targets
-            if any(d.dtype != torch.float64 for d in residuals) or not bool(_is_close(residuals, expected, _TOLERANCE)):
+        for size in kind.sizes:
+            shape = self.num_rows, self.num_columns
+            u = size * 2 * torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device)
+            if scales.dtype != torch.float64 or not bool(self.fits(kind, given, u, scales, targets, _TOLERANCE)):
                 return False
+        return True
+
+    @property
+    def _is_polynomial(self) -> bool:
+        """Whether D is made of X W by polynomials."""
+        entry = list(self._middle.graph.nodes)[len(self._others)]
+        depends = {entry}
+        for node in self._middle.graph.nodes:
+            if node.op == "call_function" and depends.intersection(node.all_input_nodes):
+                depends.add(node)
+                if node.target not in _POLYNOMIAL | _MULTILINEAR:
+                    return False
         return True
 
 
