@@ -20,7 +20,7 @@ from mlopt.backends.native.skinny import SkinnyGraph, lower_skinny_products
 from mlopt.passes import GlmDescentStructure, find_glm
 
 # Raised when choices of an older mlopt must not be used any more: the kernels have changed.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class NativeBackend(AbstractBackend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from mlopt.passes import GlmDescentStructure
 
 logger = logging.getLogger(__name__)
 
-_MEASURED = 12  # steps
+# How many steps are measured, and below how many seconds for the few it may be many.
+_FEW, _MANY, _QUICK = 12, 1000, 0.005
 
 
 class GlmDescent:
@@ -71,17 +73,20 @@ class GlmDescent:
         if not self.is_used or num_steps < FEWEST_STEPS:
             return None
         if self._choice.first is None:
-            count = min(num_steps, _MEASURED)
 
-            def kernel() -> StepsOutcome | None:
+            def kernel(count: int) -> StepsOutcome | None:
                 made = self.make(arguments, feedback, count)
                 if made is not None and made.error is not None:
                     raise made.error  # Ctrl-C; nothing has been written, and what was measured is worth nothing
                 return made
 
-            if kernel() is None:
+            count, start = min(num_steps, _FEW), time.perf_counter()
+            if kernel(count) is None:
                 return None
-            self._choice.measure(kernel, lambda: otherwise(count), device_of(arguments), f"{count} steps")
+            if time.perf_counter() - start < _QUICK:  # the price of beginning counts: as many steps as there will be
+                count = min(num_steps, _MANY)
+            device = device_of(arguments)
+            self._choice.measure(lambda: kernel(count), lambda: otherwise(count), device, f"{count} steps")
         return self.make(arguments, feedback, num_steps) if self.is_used else None
 
     def make(
