@@ -6,10 +6,12 @@ says what it found, or nothing; `values.py` holds what it knows of a node, `rule
 `simplify.py` makes graphs look alike first. The proof is by exclusion: every node that depends on v must be covered by
 a rule. The curvature f is then read off the graph itself, so there is no list of losses.
 
-`descent.py` finds whole optimizer steps on such losses, where their gradient is of one of three kinds.
+`descent.py` finds whole optimizer steps on such losses, where their gradient is of one of three kinds (`fits.py`), in a
+step taken apart by `step_model.py`.
 """
 
-from mlopt.passes.glm.descent import GlmDescentStructure, GlmFitKind, find_descent
+from mlopt.passes.glm.descent import GlmDescentStructure, find_descent
+from mlopt.passes.glm.fits import GlmFitKind
 from mlopt.passes.glm.rules import is_widened
 from mlopt.passes.glm.structure import ONE_TASK, GlmRowKind, GlmStructure, find_glm
 
