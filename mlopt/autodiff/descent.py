@@ -26,19 +26,24 @@ class DescentGraph:
     Attributes:
         module: The graph.
         structure: What it was read off.
+        num_steps: How many steps are usually made in a row.
     """
 
     module: fx.GraphModule
     structure: GlmDescentStructure
+    num_steps: int
 
 
-def descent_graph(step: StepGraph, loss: LossGraph, tensors: Sequence[torch.Tensor]) -> DescentGraph | None:
+def descent_graph(
+    step: StepGraph, loss: LossGraph, tensors: Sequence[torch.Tensor], num_steps: int
+) -> DescentGraph | None:
     """Look whether a step is one of descent on a linear model.
 
     Args:
         step: The step.
         loss: Its loss.
         tensors: A batch.
+        num_steps: How many steps are usually made in a row.
 
     Returns:
         The graph, or None where it was not proved that it is.
@@ -60,7 +65,7 @@ def descent_graph(step: StepGraph, loss: LossGraph, tensors: Sequence[torch.Tens
             if structure is None:
                 return None
             tables = trace(lambda given: [*structure.tables(given)], inputs, [frozenset[int]()] * len(inputs), [])
-        return DescentGraph(run_default_passes(tables.module), structure)
+        return DescentGraph(run_default_passes(tables.module), structure, num_steps)
     except Exception:  # pieces of a graph are run on inputs it was not made for; without this, steps are single ones
         logger.debug("looking for descent on a linear model failed", exc_info=True)
         return None

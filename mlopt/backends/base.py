@@ -111,13 +111,16 @@ class AbstractBackend(abc.ABC):
         """Whether `lower` returns quickly for this graph."""
         return True
 
-    def lower_descent(self, structure: GlmDescentStructure, module: fx.GraphModule, tables: Compiled) -> Any:
+    def lower_descent(
+        self, structure: GlmDescentStructure, module: fx.GraphModule, tables: Compiled, num_steps: int
+    ) -> Any:
         """Return what makes steps of descent on a linear model (a `mlopt.backends.Descent`), or None.
 
         Args:
             structure: What is known of the steps.
             module: The graph of what all steps from one point have in common.
             tables: What it was lowered to.
+            num_steps: How many steps are usually made in a row.
         """
         return None
 

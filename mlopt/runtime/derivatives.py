@@ -293,7 +293,8 @@ class GraphDerivatives(AbstractDerivatives):
             descent = None
             if graphs.descent is not None:
                 graph = graphs.descent
-                descent = backend.lower_descent(graph.structure, graph.module, self._call["descent"])
+                call = self._call["descent"]
+                descent = backend.lower_descent(graph.structure, graph.module, call, graph.num_steps)
             self.step = CompiledStep(graphs.step, graphs.loss, self._call["step"], several, descent)
         if graphs.update is not None:
             self.update = CompiledUpdate(graphs.update, self._call["update"])

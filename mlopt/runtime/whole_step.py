@@ -80,7 +80,7 @@ def add_updates(
     if has_kernels and count >= FEWEST_STEPS and not graphs.has_tasks:
         batch, loss = stream.peek(), graphs.loss
         fits = batch.spec == loss.batch_spec and loss.guard.accepts(batch.tensors)
-        descent = descent_graph(step, loss, batch.tensors) if fits else None
+        descent = descent_graph(step, loss, batch.tensors, count) if fits else None
         if descent is not None:
             return dataclasses.replace(joined, descent=descent)
     times = num_repeated(step, count)

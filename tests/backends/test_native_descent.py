@@ -112,7 +112,7 @@ def test_it_trains_like_single_steps(cache, made, faster):
         assert_same(ours, theirs)
         for key, value in b["lower"].items():
             torch.testing.assert_close(a["lower"][key], value, rtol=1e-9, atol=1e-11)
-    assert made.count(9) == 2 and made[-1] == 9  # the very first steps have no velocity yet
+    assert made == [9, 9, 9]  # tried, made, made; of the first run, eight are like these, too few to decide by
     assert "glm kernel" in ours.explain() and "softmax gradient; biases; momentum" in ours.explain()
 
 

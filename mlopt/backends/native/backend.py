@@ -83,12 +83,14 @@ class NativeBackend(AbstractBackend):
             lowered = GlmGraph(structure, lowered, self._choice(module, "kernel"))
         return lowered
 
-    def lower_descent(self, structure: GlmDescentStructure, module: fx.GraphModule, tables: Compiled) -> GlmDescent:
+    def lower_descent(
+        self, structure: GlmDescentStructure, module: fx.GraphModule, tables: Compiled, num_steps: int
+    ) -> GlmDescent:
         """Return the steps by a kernel, measured against the graph of a single one."""
-        return GlmDescent(structure, tables, self._choice(module, "kernel"))
+        return GlmDescent(structure, tables, num_steps, self._choice(module, "kernel", num_steps))
 
-    def _choice(self, module: fx.GraphModule, name: str) -> Choice:
+    def _choice(self, module: fx.GraphModule, name: str, num_steps: int = 1) -> Choice:
         values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
         layouts = [(v.dtype, tuple(v.shape), v.device) if isinstance(v, torch.Tensor) else v for v in values]
-        parts = (name, module.code, layouts, torch.get_num_threads(), machine(), self._other.name, _FORMAT)
+        parts = (name, module.code, layouts, torch.get_num_threads(), machine(), self._other.name, _FORMAT, num_steps)
         return Choice((name, "graph"), "native-" + hashlib.sha256(str(parts).encode()).hexdigest(), self._cache)

@@ -29,12 +29,15 @@ class GlmDescent:
     Args:
         structure: What was found.
         tables: The graph of what all steps from one point have in common.
-        choice: Which is faster, these steps or a loop over the graph of a single one; measured in the first run.
+        num_steps: How many steps are usually made in a row.
+        choice: Which is faster, these steps or a loop over the graph of a single one; measured in the first run of so
+            many, as it takes a few steps to make up for the tables.
     """
 
-    def __init__(self, structure: GlmDescentStructure, tables: Compiled, choice: Choice) -> None:
+    def __init__(self, structure: GlmDescentStructure, tables: Compiled, num_steps: int, choice: Choice) -> None:
         self._structure = structure
         self._tables = tables
+        self._num_steps = num_steps
         self._choice = choice
         self._steps: dict[torch.device, Any] = {}
         self._order = [k for state in structure.states for k in state]
@@ -73,6 +76,8 @@ class GlmDescent:
         if not self.is_used or num_steps < FEWEST_STEPS:
             return None
         if self._choice.first is None:
+            if num_steps < self._num_steps:
+                return None
 
             def kernel(count: int) -> StepsOutcome | None:
                 made = self.make(arguments, feedback, count)
