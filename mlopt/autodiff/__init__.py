@@ -30,7 +30,7 @@ from mlopt.autodiff.tasks import (
 )
 from mlopt.autodiff.total_update import TotalUpdateGraph, total_update_graph, with_gradient
 from mlopt.autodiff.trace import TracedGraph
-from mlopt.passes import draws_random
+from mlopt.passes import is_random
 
 __all__ = [
     "DescentGraph",
@@ -46,11 +46,11 @@ __all__ = [
     "TotalUpdateGraph",
     "TracedGraph",
     "descent_graph",
-    "draws_random",
     "fits",
     "gradient_and_linearization_graphs",
     "gradient_graph",
     "gradient_over_tasks",
+    "is_random",
     "linearization_graphs",
     "linearization_over_tasks",
     "num_repeated",

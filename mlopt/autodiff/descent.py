@@ -14,7 +14,7 @@ from mlopt.autodiff.join import placeholders_of
 from mlopt.autodiff.step import StepGraph
 from mlopt.autodiff.trace import trace
 from mlopt.capture import LossGraph, UpdateRole
-from mlopt.passes import GlmDescentStructure, draws_random, find_descent, run_default_passes
+from mlopt.passes import GlmDescentStructure, find_descent, is_random, run_default_passes
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def descent_graph(
         The graph, or None where it was not proved that it is.
     """
     states = _states(step)
-    if states is None or any(draws_random(n) for n in step.module.graph.nodes):
+    if states is None or is_random(step.module):
         return None
     values = [n.meta["val"] for n in placeholders_of(step.module)]
     if any(isinstance(n, torch.SymInt) for v in values for n in (v.shape if isinstance(v, torch.Tensor) else (v,))):

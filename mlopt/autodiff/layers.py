@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from mlopt.autodiff.convolution import convolution
-from mlopt.passes import draws_random
+from mlopt.passes import is_random
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS = {
@@ -33,7 +33,7 @@ def replace_layers(module: fx.GraphModule) -> fx.GraphModule:
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(module.graph, copied))
     # Random operations draw in memory order: another order of the images would give other masks than the user's code.
-    reorder = not any(draws_random(node) for node in module.graph.nodes)
+    reorder = not is_random(module)
     count = 0
     for old, new in copied.items():
         if old.target in _CONVOLUTIONS:

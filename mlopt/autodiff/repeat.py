@@ -15,7 +15,7 @@ from torch import fx
 
 from mlopt.autodiff.join import JoinedGraph, placeholders_of
 from mlopt.autodiff.step import StepGraph
-from mlopt.passes import draws_random, run_default_passes, size_hint
+from mlopt.passes import is_random, run_default_passes, size_hint
 
 # More numbers than that take longer to read than a package takes to be called.
 _MOST_NUMBERS = 1 << 17
@@ -66,7 +66,7 @@ def num_repeated(step: StepGraph, steps: int) -> int:
         steps: How many are made in a row, without the last one, which is made by itself, for its loss; they should be a
             multiple, or little more.
     """
-    if steps < min(_TIMES) or any(draws_random(n) for n in step.module.graph.nodes):
+    if steps < min(_TIMES) or is_random(step.module):
         return 0
     inputs = [n.meta["val"] for n in placeholders_of(step.module)]
     if sum(math.prod(size_hint(n) for n in x.shape) for x in inputs if isinstance(x, torch.Tensor)) > _MOST_NUMBERS:

@@ -18,7 +18,7 @@ from mlopt.autodiff.scaling import scale_gradients
 from mlopt.autodiff.trace import Outputs, trace
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole, UpdateValue
 from mlopt.errors import UpdateError
-from mlopt.passes import draws_random
+from mlopt.passes import is_random
 
 
 @dataclasses.dataclass
@@ -145,7 +145,7 @@ def check_repeatable(update: UpdateGraph) -> None:
     new = [x for x in update.outputs if x.role is not UpdateRole.PARAMETER and x not in update.inputs]
     if new or update.made:
         raise UpdateError(f"{where} makes new state ({new[0] if new else next(iter(update.made))}) again and again")
-    if any(draws_random(node) for node in update.module.graph.nodes):
+    if is_random(update.module):
         raise UpdateError(f"{where} draws random numbers")
 
 

@@ -113,8 +113,9 @@ class LossGraph:
         """
         live, places = self._places
         bound = [values.get(id(t), t) for t in live] if values else list(live)
-        for position, tensor in zip(places, batch, strict=False):
-            bound[position] = tensor
+        from_batch = iter(batch)
+        for position in places:
+            bound[position] = next(from_batch)
         return bound
 
     @functools.cached_property

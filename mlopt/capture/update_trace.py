@@ -28,7 +28,7 @@ from mlopt.capture.update import (
     signature_of,
 )
 from mlopt.errors import UpdateError
-from mlopt.passes import remove_dead_nodes_pass, run_default_passes
+from mlopt.passes import ancestors, remove_dead_nodes_pass, run_default_passes
 
 aten = torch.ops.aten
 
@@ -305,7 +305,7 @@ class _Capture:
         values = list(output.args[0])
         questions: dict[fx.Node, bool] = {}
         for node, answer in zip(values[num_outputs:], self.answers, strict=True):
-            read = [placeholders[n] for n in _ancestors(node) if n in placeholders]
+            read = [placeholders[n] for n in ancestors([node]) if n in placeholders]
             for x in read:
                 free = x.role is UpdateRole.HYPERPARAMETER or (x.role is UpdateRole.STATE and _is_scalar(x, self))
                 if not free:
@@ -386,17 +386,6 @@ def _is_scalar(x: UpdateValue, capture: _Capture) -> bool:
 
 def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
     return [n for n in module.graph.nodes if n.op == "placeholder"]
-
-
-def _ancestors(root: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
 
 
 def _select(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphModule:

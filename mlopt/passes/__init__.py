@@ -7,7 +7,7 @@ change nothing: they find the structure that kernels are written for, and take p
 number that such choices take for a free size.
 """
 
-from mlopt.passes.extract import draws_random, extract
+from mlopt.passes.extract import ancestors, draws_random, extract, is_random
 from mlopt.passes.glm import (
     ONE_TASK,
     GlmDescentStructure,
@@ -32,11 +32,13 @@ __all__ = [
     "GlmFitKind",
     "GlmRowKind",
     "GlmStructure",
+    "ancestors",
     "draws_random",
     "extract",
     "find_descent",
     "find_glm",
     "has_writes",
+    "is_random",
     "merge_equal_nodes_pass",
     "remove_dead_nodes_pass",
     "remove_fresh_writes_pass",

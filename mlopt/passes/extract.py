@@ -48,6 +48,23 @@ def extract(
     return fx.GraphModule(module, graph)
 
 
+def ancestors(roots: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that some nodes are computed from, these included."""
+    found: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def is_random(module: fx.GraphModule) -> bool:
+    """Whether a traced graph draws random numbers."""
+    return any(draws_random(node) for node in module.graph.nodes)
+
+
 def draws_random(node: fx.Node) -> bool:
     """Whether a node of a traced graph draws random numbers."""
     target = node.target

@@ -97,8 +97,8 @@ class AheadRunner:
         derivatives = self._executor.derivatives(name, batches[0])
         if derivatives.is_random and len(batches) == count:
             batches.pop()  # the last step is made by itself: hypergradients need the random numbers it began with
-        kinds, order = distinct(batches)
-        if len(kinds) > 1:
+        if not state.stream.has_one_batch:
+            kinds, order = distinct(batches)
             same = [b.signature() == batches[0].signature() for b in kinds]
             batches = [b for b, _ in itertools.takewhile(lambda pair: same[pair[1]], zip(batches, order, strict=True))]
         compiled = self._executor.compiled_step(name, derivatives)

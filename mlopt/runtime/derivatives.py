@@ -26,11 +26,11 @@ from mlopt.autodiff import (
     StepGraph,
     TaskAxis,
     TotalUpdateGraph,
-    draws_random,
     fits,
     gradient_and_linearization_graphs,
     gradient_graph,
     gradient_over_tasks,
+    is_random,
     linearization_graphs,
     linearization_over_tasks,
     read_gradient_graph,
@@ -299,7 +299,7 @@ class GraphDerivatives(AbstractDerivatives):
         if graphs.update is not None:
             self.update = CompiledUpdate(graphs.update, self._call["update"])
         self._values: Mapping[int, torch.Tensor] = {}
-        self.is_random = any(draws_random(n) for n in graphs.gradient.traced.module.graph.nodes)
+        self.is_random = is_random(graphs.gradient.traced.module)
 
     def adopt(self, other: GraphDerivatives) -> None:
         """Run the same graphs as another object does from now on; nothing that was linearized before may be in use."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mlopt.autodiff import RepeatedSteps, StepGraph, draws_random
+from mlopt.autodiff import RepeatedSteps, StepGraph, is_random
 from mlopt.backends import Changing, Compiled, Descent, Leap, StepsLoop, StepsOutcome
 from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch, distinct
@@ -63,10 +63,10 @@ class CompiledStep(LoweredUpdate):
         if several is not None and several[1].lowering.backend != "eager":
             repeated, several_call = several
             leap = Leap(several_call, dataclasses.replace(changing, feedback=repeated.feedback), repeated.times)
-        is_random = any(draws_random(node) for node in graph.module.graph.nodes)
+        draws = is_random(graph.module)
         keeping = dataclasses.replace(changing, num_kept=1 + graph.num_metrics)
-        self._loop = StepsLoop(call, changing, leap, descent=descent, is_random=is_random)
-        self._keeping_loop = StepsLoop(call, keeping, is_random=is_random)
+        self._loop = StepsLoop(call, changing, leap, descent=descent, is_random=draws)
+        self._keeping_loop = StepsLoop(call, keeping, is_random=draws)
         self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
         self._unset = torch.zeros((), dtype=torch.float64)
         self._constant: tuple[tuple[float, ...], torch.Tensor] | None = None

@@ -29,6 +29,7 @@ from mlopt.backends.inductor.spec import (
     name_target,
     sympy_symbol,
 )
+from mlopt.passes import ancestors, draws_random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +130,9 @@ class _Cutter:
 
     def cut(self) -> tuple[GraphSpec, CallPlan]:
         outputs, wanted = self._outputs()
-        needed = _ancestors(wanted)
-        calls = [n for n in self._calls if n in needed or _draws(n)]
-        needed = _ancestors(calls) | needed
+        needed = ancestors(wanted)
+        calls = [n for n in self._calls if n in needed or draws_random(n)]  # the next one draws after it
+        needed = ancestors(calls) | needed
         tensors = [
             (k, n) for k, n in enumerate(self._placeholders) if n in needed and isinstance(n.meta["val"], torch.Tensor)
         ]
@@ -273,19 +274,3 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
         raise UnsupportedGraphError(f"the attribute {node.target} of type {type(value).__name__}")
     return value.detach()
-
-
-def _ancestors(roots: Sequence[fx.Node]) -> set[fx.Node]:
-    found, stack = set(), list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether a call draws random numbers; it stays even if nobody uses them, since the next call draws after it."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags

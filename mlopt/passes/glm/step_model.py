@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mlopt.passes.extract import extract
+from mlopt.passes.extract import ancestors, extract
 from mlopt.passes.glm.fits import FAR, SATURATED, STATE_SIZES, TOLERANCE, GlmFitKind, is_close, mean_of
 from mlopt.passes.glm.rules import MAX_COLUMNS
 from mlopt.passes.glm.values import NoMatchError, shape_of, static_shape
@@ -233,7 +233,8 @@ class StepModel:
         for node in self._new:
             if self._parts.get(node) not in (_Part.PARAMETERS, _Part.SUMS):
                 raise NoMatchError(f"the new value {node} is no polynomial of sums and the state")
-        exits = [n for n in self._exits if n in _ancestors(self._new)]
+        used = ancestors(self._new)
+        exits = [n for n in self._exits if n in used]
         sums = [n for n in exits if n.target in (aten.sum.dim_IntList, aten.sum.default)]
         products = [n for n in exits if n not in sums]
         if len(products) != 1 or len(sums) != len(self._own) - 1 or (self._bias is not None) != bool(sums):
@@ -440,16 +441,6 @@ def _sums_rows(node: fx.Node) -> bool:
     if node.target is aten.sum.dim_IntList:
         return list(node.args[1]) == [0] and len(shape_of(node.args[0])) <= 2
     return node.target is aten.sum.default and len(shape_of(node.args[0])) == 1
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    found, stack = set[fx.Node](), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _numel(node: fx.Node) -> int:
