@@ -1,7 +1,8 @@
 """How far are the vector ops from the bandwidth of the machine, and from torch?
 
-The bound of each op is the bytes that must move at the bandwidth of a copy measured in the same run. Results are
-checked against the reference before anything is timed. Ratios, not times, are what to quote.
+The bound of each op is the bytes that must move at the bandwidth of a copy measured in the same run (on CPUs a copy of
+the same size, on GPUs one that no cache holds). Results are checked against the reference before anything is timed.
+Ratios, not times, are what to quote.
 
     python benchmarks/run_vector.py [--device cpu|cuda] [--out benchmarks/results] [--smoke]
 """
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import timing
 from mlopt import ops
 from mlopt.ops.reference import vector as reference
+
+REPLAYED = 20  # steps per recording
 
 
 def case(n: int, device: str):
@@ -49,6 +52,16 @@ def allocating_cg_step(x, r, p, ap, state):
     return x_new, r_new, r_new + rr / state[0] * p
 
 
+def replayed_steps(solve):
+    """Steps as a solve's loop makes them on a GPU, where they are recorded: without launches from the host."""
+    ops.cg_step_(*solve)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPLAYED):
+            ops.cg_step_(*solve)
+    return graph.replay
+
+
 def measure(n: int, device: str, *, smoke: bool) -> dict[str, object]:
     """Check, then time every op at one size."""
     repeats = 3 if smoke else 15
@@ -68,7 +81,7 @@ def measure(n: int, device: str, *, smoke: bool) -> dict[str, object]:
             "neumann_step": 5,
             "dot": 2,
             "perturb": 3,
-        }
+        } | ({"replayed cg_step": 10} if device == "cuda" else {})
         functions = {
             "copy": lambda: out.copy_(x),
             "cg_step": lambda: ops.cg_step_(*solve),
@@ -82,15 +95,23 @@ def measure(n: int, device: str, *, smoke: bool) -> dict[str, object]:
             "perturb": lambda: ops.perturb(p, ap, step),
             "perturb, torch": lambda: torch.addcmul(p, ap, step),
         }
+        if device == "cuda":
+            source, target = (torch.ones(1 << 27, device=device) for _ in range(2))  # far more than caches hold
+            functions["copy"] = lambda: target.copy_(source)
+            functions["replayed cg_step"] = replayed_steps(case(n, device))
         times = timing.interleaved(functions, device, repeats=repeats)
         # A step of a solve that has stopped costs next to nothing; its time would mean nothing.
         assert ops.CgState(solve[4]).status == ops.CgState.RUNNING
         assert ops.CgState(solve[4]).num_steps >= repeats
     second = {name: t["median_s"] for name, t in times.items()}
     vector_pass = second["copy"] / 2
+    if device == "cuda":
+        vector_pass *= n / source.numel()
+        second["replayed cg_step"] /= REPLAYED
     return {
         "n": n,
         "times": times,
+        "seconds": second,
         "over_bound": {name: second[name] / (passes * vector_pass) for name, passes in vectors.items()},
         "torch_over_ours": {name: second[name] / second[name.split(",")[0]] for name in second if "," in name},
     }
@@ -109,11 +130,11 @@ def main() -> None:
     for n in sizes:
         entry = measure(n, args.device, smoke=args.smoke)
         result["sizes"].append(entry)
-        print(f"\n{n:,} elements     time/bound   torch/ours")
+        print(f"\n{n:,} elements     time/bound         us   torch/ours")
         for name, ratio in entry["over_bound"].items():
             others = {k.split(", ")[1]: v for k, v in entry["torch_over_ours"].items() if k.split(",")[0] == name}
             text = ", ".join(f"{v:.1f} ({k})" for k, v in others.items())
-            print(f"  {name:<14}      {ratio:6.2f}   {text}")
+            print(f"  {name:<18}  {ratio:6.2f} {entry['seconds'][name] * 1e6:10.2f}   {text}")
     if args.out:
         name = str(result["device"]).lower().replace(" ", "-")
         path = args.out / f"{'gpu' if args.device == 'cuda' else 'cpu'}-{name}.json"

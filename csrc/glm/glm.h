@@ -43,9 +43,8 @@ inline int64_t glm_chunk_rows_cpu(int64_t rows, int64_t features, int64_t column
   return glm_chunk_rows(rows, features, columns, 64, int64_t(1) << 18);
 }
 
-inline int64_t glm_chunk_rows_cuda(int64_t rows, int64_t features, int64_t columns) {  // a chunk is worth a block
-  return glm_chunk_rows(rows, features, columns, 512, int64_t(1) << 15);
-}
+// Of one task, on the current device. wide: float64.
+int64_t glm_chunk_rows_cuda(int64_t tasks, int64_t rows, int64_t features, int64_t classes, int64_t rhs, bool wide);
 
 MLOPT_HD int64_t glm_num_chunks(int64_t rows, int64_t chunk_rows) {
   return rows <= chunk_rows ? 1 : (rows + chunk_rows - 1) / chunk_rows;

@@ -1,14 +1,15 @@
 // CUDA kernels of the family `glm`.
 //
-// One block per chunk of rows (blockIdx.x) and task (blockIdx.y). A block takes its rows kGlmRowBlock at a time: warps
-// compute U, one thread per row applies f, and all threads add X^T f(U) to the chunk's sum; the rows' second read comes
-// from the caches. A second kernel adds the chunks in order. No atomics, no synchronization with the host, nothing that
-// a CUDA graph could not capture.
+// The sweep here serves any dtype and size; most of float32 goes to tensor cores, see glm_tensor.cu. One block per
+// chunk of rows (blockIdx.x) and task (blockIdx.y). A block takes its rows kGlmRowBlock at a time: warps compute U, one
+// thread per row applies f, and all threads add X^T f(U) to the chunk's sum; the rows' second read comes from the
+// caches. A second kernel adds the chunks in order. No atomics, no synchronization with the host, nothing that a CUDA
+// graph could not capture.
 #include <type_traits>
 
 #include "../common/half.h"
 #include "../common/launch.cuh"
-#include "glm.h"
+#include "glm_tensor.h"
 
 namespace mlopt {
 namespace {
@@ -144,45 +145,81 @@ __global__ void glm_sweep_kernel(GlmProduct<T> q) {
   }
 }
 
-// out = the chunks' sums + diagonal * v; losses likewise.
+// A block's threads are kLanes rows of kStrip: a row has neighbouring elements, and the lanes share their chunks.
+constexpr int kStrip = 32, kLanes = kThreads / kStrip;
+
+// The chunks' sum of one element, in a fixed order; the threads of the first strip get it. All threads must call it.
 template <typename T>
-__global__ void glm_reduce_kernel(GlmProduct<T> q) {
+__device__ T sum_of_chunks(const T* partials, int64_t partial_size, int64_t chunks, bool exists) {
+  __shared__ T lanes[kThreads];
+  T sum = 0;
+  if (exists)
+    for (int64_t chunk = threadIdx.x / kStrip; chunk < chunks; chunk += kLanes) sum += partials[chunk * partial_size];
+  lanes[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x < kStrip)
+    for (int lane = 1; lane < kLanes; ++lane) sum += lanes[lane * kStrip + threadIdx.x];
+  __syncthreads();  // the next call writes `lanes`
+  return sum;
+}
+
+// out = the chunks' sums + diagonal * v; losses likewise. Then what `after(k)` does for element k of the task.
+template <typename T, typename After>
+__device__ void reduce_chunks(const GlmProduct<T>& q, After after) {
   const int64_t size = q.columns() * q.stride(), own = q.classes * q.stride(), chunks = q.num_chunks();
   const int64_t partial_size = glm_partial_size(q.columns(), q.stride());
   for (int64_t task = blockIdx.y; task < q.tasks; task += gridDim.y) {
     const T* partials = q.partials + task * chunks * partial_size;
-    for (int64_t k = int64_t(blockIdx.x) * kThreads + threadIdx.x; k < size; k += int64_t(gridDim.x) * kThreads) {
-      T sum = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[chunk * partial_size + k];
+    for (int64_t first = int64_t(blockIdx.x) * kStrip; first < size; first += int64_t(gridDim.x) * kStrip) {
+      const int64_t k = first + threadIdx.x % kStrip;
+      T sum = sum_of_chunks(partials + k, partial_size, chunks, k < size);
+      if (threadIdx.x >= kStrip || k >= size) continue;
       if (q.diagonal != nullptr) sum += q.diagonal[task * own + k % own] * q.v[task * size + k];
       q.out[task * size + k] = sum;
+      after(task, k);
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0 && glm_is_loss(q.rows_function.function)) {
+    if (blockIdx.x == 0 && glm_is_loss(q.rows_function.function)) {  // for all threads
       double loss = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads)
         loss += partials[chunk * partial_size + q.columns() * (q.stride() + kGlmRowBlock)];
-      q.losses[task] = static_cast<T>(loss);
+      loss = block_sum(loss);
+      if (threadIdx.x == 0) q.losses[task] = static_cast<T>(loss);
     }
   }
 }
 
-// One block per task, which has the sum of the regularizer to itself.
 template <typename T>
-__global__ void glm_descent_kernel(GlmDescent<T> q, int64_t step) {
+__global__ void glm_reduce_kernel(GlmProduct<T> q) {
+  reduce_chunks(q, [](int64_t, int64_t) {});
+}
+
+// The gradient, and the step along it.
+template <typename T>
+__global__ void glm_descent_kernel(GlmDescent<T> q) {
   const int64_t size = q.size();
+  reduce_chunks(q.product, [&](int64_t task, int64_t k) {
+    T* velocity = q.velocity == nullptr ? nullptr : q.velocity + task * size;
+    q.update(k, q.w + task * size, velocity, q.product.out + task * size);
+  });
+}
+
+// The losses at w before a step. One block per task, which has the sum of the regularizer to itself.
+template <typename T>
+__global__ void glm_losses_kernel(GlmDescent<T> q, int64_t step) {
+  const int64_t size = q.size(), chunks = q.product.num_chunks();
+  const int64_t partial_size = glm_partial_size(q.product.columns(), q.product.stride());
   for (int64_t task = blockIdx.x; task < q.product.tasks; task += gridDim.x) {
-    const int64_t first = task * size;
-    T* velocity = q.velocity == nullptr ? nullptr : q.velocity + first;
-    double penalty = 0;
-    for (int64_t k = threadIdx.x; k < size; k += kThreads) {
-      const T w = q.w[first + k];
-      if (q.product.diagonal != nullptr) penalty += double(q.product.diagonal[first + k]) * w * w;
-      q.update(k, q.w + first, velocity, q.product.out + first);
-    }
-    if (q.losses == nullptr) continue;  // for all threads
-    penalty = block_sum(penalty);
-    if (threadIdx.x == 0)
-      q.losses[step * q.product.tasks + task] = static_cast<T>(q.product.losses[task] + penalty / 2);
+    double loss = 0;
+    if (q.product.diagonal != nullptr)
+      for (int64_t k = threadIdx.x; k < size; k += kThreads) {
+        const double w = q.w[task * size + k];
+        loss += double(q.product.diagonal[task * size + k]) * w * w / 2;
+      }
+    const T* partials = q.product.partials + task * chunks * partial_size;
+    for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kThreads)
+      loss += partials[chunk * partial_size + q.product.columns() * (q.product.stride() + kGlmRowBlock)];
+    loss = block_sum(loss);
+    if (threadIdx.x == 0) q.losses[step * q.product.tasks + task] = static_cast<T>(loss);
   }
 }
 
@@ -192,15 +229,25 @@ void launch_sweep(const GlmProduct<T>& q, mlopt_stream stream) {
 }
 
 template <typename T>
-void launch_product(const GlmProduct<T>& q, mlopt_stream stream) {
-  if (q.storage == kGlmWide) launch_sweep<T, T>(q, stream);
+void launch_sweep_of(const GlmProduct<T>& q, mlopt_stream stream) {
+  bool launched = false;
   if constexpr (std::is_same_v<T, float>) {
-    if (q.storage == kGlmFloat16) launch_sweep<T, Float16>(q, stream);
-    if (q.storage == kGlmBFloat16) launch_sweep<T, BFloat16>(q, stream);
+    launched = glm_sweep_tensor(q, stream);
+    if (!launched && q.storage == kGlmFloat16) launch_sweep<T, Float16>(q, stream);
+    if (!launched && q.storage == kGlmBFloat16) launch_sweep<T, BFloat16>(q, stream);
   }
-  if (!q.backward) return;
-  const int64_t size = q.columns() * q.stride();
-  MLOPT_LAUNCH(glm_reduce_kernel<T>, glm_grid((size + kThreads - 1) / kThreads, q.tasks), dim3(kThreads), stream, q);
+  if (!launched && q.storage == kGlmWide) launch_sweep<T, T>(q, stream);
+}
+
+template <typename T>
+dim3 reduce_grid(const GlmProduct<T>& q) {
+  return glm_grid((q.columns() * q.stride() + kStrip - 1) / kStrip, q.tasks);
+}
+
+template <typename T>
+void launch_product(const GlmProduct<T>& q, mlopt_stream stream) {
+  launch_sweep_of(q, stream);
+  if (q.backward) MLOPT_LAUNCH(glm_reduce_kernel<T>, reduce_grid(q), dim3(kThreads), stream, q);
 }
 
 template <typename T>
@@ -245,8 +292,9 @@ const char* glm_descent_cuda(const GlmDescent<T>& q, mlopt_stream stream) {
   if (is_empty(q.product)) return nullptr;
   const dim3 grid(static_cast<unsigned>(q.product.tasks < kMostTasks ? q.product.tasks : kMostTasks));
   for (int64_t k = 0; k < q.num_steps; ++k) {
-    launch_product(q.product, stream);
-    MLOPT_LAUNCH(glm_descent_kernel<T>, grid, dim3(kThreads), stream, q, k);
+    launch_sweep_of(q.product, stream);
+    if (q.losses != nullptr) MLOPT_LAUNCH(glm_losses_kernel<T>, grid, dim3(kThreads), stream, q, k);
+    MLOPT_LAUNCH(glm_descent_kernel<T>, reduce_grid(q.product), dim3(kThreads), stream, q);
   }
   return launch_error();
 }

@@ -116,7 +116,14 @@ struct Operands {
 
   Operands(const Sizes& sizes, const at::Tensor& x_) : s(sizes), x(readable(x_)) {
     const int64_t columns = s.rhs * s.classes;
-    chunk_rows = (x.is_cpu() ? glm_chunk_rows_cpu : glm_chunk_rows_cuda)(s.rows, s.features, columns);
+    chunk_rows = glm_chunk_rows_cpu(s.rows, s.features, columns);
+#ifdef MLOPT_WITH_CUDA
+    if (!x.is_cpu()) {
+      const DeviceGuard guard(x.device().index());
+      chunk_rows = glm_chunk_rows_cuda(s.tasks, s.rows, s.features, s.classes, s.rhs,
+                                       at::typeMetaToScalarType(s.options.dtype()) == at::kDouble);
+    }
+#endif
     partials =
         at::empty({s.tasks * glm_num_chunks(s.rows, chunk_rows) * glm_partial_size(columns, s.stride())}, s.options);
   }

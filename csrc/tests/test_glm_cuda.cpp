@@ -1,6 +1,9 @@
 // The CUDA kernels of the family `glm`, run under emulation, against the CPU kernels.
 #define MLOPT_CUDA_EMULATION
+#include <array>
+
 #include "../glm/glm_cuda.cu"
+#include "../glm/glm_tensor.cu"
 #include "../vector/vector_cuda.cu"
 #include "check.h"
 #include "glm_cases.h"
@@ -41,10 +44,10 @@ void test_product(const GlmShape& shape, int64_t chunk_rows) {
   }
 }
 
-// Products with an X of halves are, to the bit, those with the floats that they stand for.
+// Products with an X of halves are those with the floats that they stand for.
 template <typename Stored>
-void test_halves(GlmStorage storage) {
-  const GlmShape shape{2, 2, 40, 9, 3, true};
+void test_halves(GlmStorage storage, int64_t features) {
+  const GlmShape shape{2, 2, 40, features, 3, true};
   GlmCase<float> expected(shape, 32), got(shape, 32);
   std::vector<Stored> halves(expected.x.size());
   for (size_t k = 0; k < halves.size(); ++k) {
@@ -55,7 +58,32 @@ void test_halves(GlmStorage storage) {
   narrow.x = halves.data();
   narrow.storage = storage;
   CHECK(glm_product_cuda(wide, nullptr) == nullptr && glm_product_cuda(narrow, nullptr) == nullptr);
-  CHECK(got.out == expected.out);
+  check_close(got.out, expected.out);
+}
+
+// The sweep on tensor cores: every count of steps per warp, rows of X that are copied by 4 and by 16 bytes, tiles and
+// chunks that are not full, several tasks and passes over right-hand sides.
+void test_tensor_cores() {
+  const GlmShape shapes[] = {{1, 1, 5, 64, 16, false},
+                             {2, 5, 20, 70, 7, true},
+                             {1, 1, 100, 356, 10, true},
+                             {1, 1, 9, 1060, 3, true},
+                             {1, 1, 17, 1408, 1, false}};
+  for (const auto& shape : shapes) {
+    CHECK(glm_fits_tensor_cores(shape.features, shape.classes));
+    test_product<float>(shape, 32);
+    for (const auto function : {kGlmRankOne, kGlmBlock, kGlmFitLogistic, kGlmFitSoftmax}) {
+      if (shape.rows > 20 || shape.features > 100) continue;  // fibers are slow
+      GlmCase<float> expected(shape, 8), got(shape, 8);
+      glm_product_cpu(expected.product(function), serial_for);
+      CHECK(glm_product_cuda(got.product(function), nullptr) == nullptr);
+      check_close(got.out, expected.out);
+    }
+  }
+  for (const auto [tasks, rows, rhs] : {std::array<int64_t, 3>{1, 20000, 1}, {32, 25, 1}, {1, 7, 4}, {1, 0, 1}}) {
+    const int64_t chunk = glm_chunk_rows_cuda(tasks, rows, 784, 10, rhs, false);
+    CHECK(chunk % 8 == 0 && chunk >= 20 * rhs && glm_num_chunks(rows, chunk) <= 3);  // the stand-in has three
+  }
 }
 
 void test_widening() {
@@ -116,8 +144,11 @@ void run() {
 int main() {
   mlopt::testing::run<float>();
   mlopt::testing::run<double>();
+  mlopt::testing::test_tensor_cores();
   mlopt::testing::test_widening();
-  mlopt::testing::test_halves<mlopt::Float16>(mlopt::kGlmFloat16);
-  mlopt::testing::test_halves<mlopt::BFloat16>(mlopt::kGlmBFloat16);
+  for (const int64_t features : {9, 65, 66, 72}) {  // of those on tensor cores some are too odd for halves
+    mlopt::testing::test_halves<mlopt::Float16>(mlopt::kGlmFloat16, features);
+    mlopt::testing::test_halves<mlopt::BFloat16>(mlopt::kGlmBFloat16, features);
+  }
   std::puts("glm, CUDA kernels under emulation: ok");
 }

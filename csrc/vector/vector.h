@@ -100,20 +100,20 @@ MLOPT_HD void cg_finish(T* state, T pap, T rr) {
 }
 
 template <typename T>
-MLOPT_HD void cg_residual_elem(const CgParams<T>& q, int64_t i, T alpha) {  // r -= alpha Ap
-  q.r[i] -= alpha * q.ap[i];
+MLOPT_HD void cg_residual_elem(T& r, T ap, T alpha) {  // r -= alpha Ap
+  r -= alpha * ap;
 }
 
 template <typename T>
-MLOPT_HD void cg_direction_elem(const CgParams<T>& q, int64_t i, T alpha, T beta) {  // x += alpha p;  p = r + beta p
-  q.x[i] += alpha * q.p[i];
-  q.p[i] = q.r[i] + beta * q.p[i];
+MLOPT_HD void cg_direction_elem(T& x, T& p, T r, T alpha, T beta) {  // x += alpha p;  p = r + beta p
+  x += alpha * p;
+  p = r + beta * p;
 }
 
 template <typename T>
-MLOPT_HD void neumann_step_elem(const NeumannParams<T>& q, int64_t i) {  // v -= scale Av;  acc += v
-  q.v[i] -= q.scale * q.av[i];
-  q.acc[i] += q.v[i];
+MLOPT_HD void neumann_step_elem(T& v, T& acc, T av, T scale) {  // v -= scale Av;  acc += v
+  v -= scale * av;
+  acc += v;
 }
 
 template <typename T>

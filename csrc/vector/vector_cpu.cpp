@@ -47,28 +47,26 @@ T sum_lanes(const T* lanes) {
     T lanes[kLanes] = {};                                                                                 \
     T* __restrict__ r = q.r + begin;                                                                      \
     const T* __restrict__ ap = q.ap + begin;                                                              \
-    const CgParams<T> block{nullptr, r, nullptr, ap, nullptr, nullptr, nullptr, 1, n};                    \
     int64_t i = 0;                                                                                        \
     for (; i + kLanes <= n; i += kLanes)                                                                  \
       for (int j = 0; j < kLanes; ++j) {                                                                  \
-        cg_residual_elem(block, i + j, alpha);                                                            \
+        cg_residual_elem(r[i + j], ap[i + j], alpha);                                                     \
         lanes[j] += r[i + j] * r[i + j];                                                                  \
       }                                                                                                   \
     for (int j = 0; i < n; ++i, ++j) {                                                                    \
-      cg_residual_elem(block, i, alpha);                                                                  \
+      cg_residual_elem(r[i], ap[i], alpha);                                                               \
       lanes[j] += r[i] * r[i];                                                                            \
     }                                                                                                     \
     return sum_lanes(lanes);                                                                              \
   }                                                                                                       \
   MLOPT_CLONES void cg_direction_block(const CgParams<T>& q, int64_t begin, int64_t n, T alpha, T beta) { \
     T* __restrict__ x = q.x + begin;                                                                      \
-    T* __restrict__ r = q.r + begin;                                                                      \
+    const T* __restrict__ r = q.r + begin;                                                                \
     T* __restrict__ p = q.p + begin;                                                                      \
-    const CgParams<T> block{x, r, p, nullptr, nullptr, nullptr, nullptr, 1, n};                           \
-    for (int64_t i = 0; i < n; ++i) cg_direction_elem(block, i, alpha, beta);                             \
+    for (int64_t i = 0; i < n; ++i) cg_direction_elem(x[i], p[i], r[i], alpha, beta);                     \
   }                                                                                                       \
   MLOPT_CLONES void neumann_block(const NeumannParams<T>& q, int64_t begin, int64_t end) {                \
-    for (int64_t i = begin; i < end; ++i) neumann_step_elem(q, i);                                        \
+    for (int64_t i = begin; i < end; ++i) neumann_step_elem(q.v[i], q.acc[i], q.av[i], q.scale);          \
   }                                                                                                       \
   MLOPT_CLONES void perturb_block(const PerturbParams<T>& q, int64_t begin, int64_t end, T step) {        \
     for (int64_t i = begin; i < end; ++i) q.out[i] = perturb_elem(q.x[i], step, q.direction[i]);          \

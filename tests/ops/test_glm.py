@@ -19,7 +19,8 @@ everywhere = pytest.mark.parametrize("device", DEVICES)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f64"])
 
 # (T, K, n, D, C), None where the axis is missing: no rows, one of everything, around the lanes (4, 8, 16), the tiles
-# (2, 4), the row blocks (32) and the columns per tile (6); several chunks of rows.
+# (2, 4), the row blocks (32) and the columns per tile (6); several chunks of rows; on GPUs every size of the tiles for
+# tensor cores.
 SHAPES = [
     (None, None, 0, 5, 3),
     (None, None, 1, 1, 1),
@@ -37,6 +38,8 @@ SHAPES = [
     (None, None, 4099, 130, 10),
     (2, 3, 1501, 77, 11),
     (32, None, 25, 64, 5),
+    (None, None, 300, 784, 10),
+    (None, 2, 100, 1408, 3),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 small = pytest.mark.parametrize("shape", [(None, None, 33, 17, 5), (3, 2, 20, 33, 7), (2, 2, 2001, 65, 10)], ids=str)
