@@ -19,5 +19,5 @@ def _seed():
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(skip)
