@@ -1,4 +1,4 @@
-"""One folder of compiled packages for all tests here, also of several pytest processes: a package takes long to make."""
+"""One folder of compiled packages for all tests here, also where pytest runs in several processes."""
 
 import os
 
