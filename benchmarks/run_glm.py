@@ -128,8 +128,9 @@ def machine(device: str, smoke: bool) -> tuple[dict[str, object], object]:
 
 
 def replayed_products(case: Cleaning, copies: int) -> dict[str, object]:
-    """Products with `copies` matrices, one after the other, recorded as a CUDA graph: without launches from the host,
-    and with no X in the caches from the time before.
+    """Record products with `copies` matrices, one after the other, as a CUDA graph.
+
+    So there are no launches from the host, and no X is in the caches from the time before.
     """
     sets = [case.x.clone() for _ in range(copies)]
     halves = [x.to(torch.bfloat16) for x in sets]
@@ -229,9 +230,8 @@ def main() -> None:
     for name, ratio in products["over_bound"].items():
         others = {k.split(", ", 1)[1]: v for k, v in products["torch_over_ours"].items() if k.split(",")[0] == name}
         text = ", ".join(f"{v:.1f} ({k})" for k, v in others.items())
-        print(
-            f"  {name:<26}{ratio:10.2f}{products['over_bytes'][name]:13.2f}{products['seconds'][name] * 1e6:11.1f}   {text}"
-        )
+        bytes_ratio, time = products["over_bytes"][name], products["seconds"][name] * 1e6
+        print(f"  {name:<26}{ratio:10.2f}{bytes_ratio:13.2f}{time:11.1f}   {text}")
     program = measure_program(n, d, c, args.device, args.smoke)
     ratios = program["torch_over_ours"]
     per_product = program["seconds"]["cleaning"] / (program["steps"] + program["solves"] + 1)
