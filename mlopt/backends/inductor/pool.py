@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlopt.backends.inductor import worker
+from mlopt.backends.inductor import toolkit, worker
 from mlopt.backends.inductor.worker import Job, Result
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,12 @@ def compile_jobs(
     for k in range(len(jobs)):
         waiting.put(k)
     finished: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
+    directory = tempfile.TemporaryDirectory()
+    on_gpu = any(x.device.type == "cuda" for job in jobs for x in job.spec.inputs)
+    variables = toolkit.variables(Path(directory.name)) if on_gpu else {}
     slots = [
-        _Slot(jobs, waiting, finished, timeout, cancelled is not None) for _ in range(min(num_processes(), len(jobs)))
+        _Slot(jobs, waiting, finished, timeout, cancelled is not None, variables)
+        for _ in range(min(num_processes(), len(jobs)))
     ]
     results: dict[int, Result] = {}
     try:
@@ -84,6 +88,7 @@ def compile_jobs(
     finally:  # also on Ctrl-C: no process outlives the call
         for slot in slots:
             slot.stop()
+        directory.cleanup()
     return [results.get(k, Result("it was cancelled", (), 0.0)) for k in range(len(jobs))]
 
 
@@ -97,8 +102,9 @@ class _Slot:
         finished: queue.SimpleQueue[tuple[int, Result]],
         timeout: float,
         background: bool,
+        variables: dict[str, str],
     ) -> None:
-        self._background = background
+        self._background, self._variables = background, variables
         self._jobs, self._waiting, self._finished, self._timeout = jobs, waiting, finished, timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
@@ -128,7 +134,7 @@ class _Slot:
 
     def _run(self, job: Job) -> Result:
         if self._process is None:
-            self._process = _start(self._log, background=self._background)
+            self._process = _start(self._log, self._variables, background=self._background)
             if self._stopped:  # either this is seen here, or `stop` sees the process
                 self._process.kill()
             ready = self._exchange(self._process, None)
@@ -183,10 +189,11 @@ class _Slot:
         return f": {lines[-1][:200]}" if lines else ""
 
 
-def _start(log: Any, *, background: bool) -> subprocess.Popen[bytes]:
+def _start(log: Any, variables: dict[str, str], *, background: bool) -> subprocess.Popen[bytes]:
     path = os.pathsep.join([str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
         **os.environ,
+        **variables,
         "PYTHONPATH": path,
         # The jobs are the parallelism. (Code is generated for the number of threads in the job's options.)
         "TORCHINDUCTOR_COMPILE_THREADS": "1",

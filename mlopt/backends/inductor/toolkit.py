@@ -1,0 +1,52 @@
+"""What torch does not find of CUDA by itself when it compiles a package for a GPU.
+
+The headers: torch looks for them beside the folder of `nvcc`, where there are none if `nvcc` is a script that calls the
+real one. The driver: packages are linked with ``libcuda.so``, of which toolkits have a stub, but not all of them; every
+machine with a GPU has a ``libcuda.so.1``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+_MAPS = Path("/proc/self/maps")
+
+
+def variables(directory: Path) -> dict[str, str]:
+    """Return environment variables by which a compiling process finds both.
+
+    Args:
+        directory: An empty one, for a link to the driver; lives as long as that process.
+    """
+    found = {}
+    home = _home()
+    if home is not None and not any(os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")):
+        found["CUDA_HOME"] = str(home)
+    driver = _driver()
+    if driver is not None:
+        (directory / "libcuda.so").symlink_to(driver)
+        found["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
+    return found
+
+
+def _home() -> Path | None:
+    """Return the toolkit that `nvcc` belongs to, by what it says itself."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    steps = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+    top = re.search(r"TOP=(.+)", steps)
+    return Path(top.group(1)).resolve() if top else None
+
+
+def _driver() -> Path | None:
+    """Return the driver's library that this process has loaded."""
+    try:
+        found = re.search(r"\S*/libcuda\.so\S*", _MAPS.read_text())
+    except OSError:
+        return None
+    return Path(found.group()) if found else None
