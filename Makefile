@@ -91,6 +91,7 @@ gpu-check:  ## on a machine with a GPU and its own torch: build in place, test a
 	    $(PYTHON) -m pytest -m cuda tests/ops -k "not large"; fi
 	PYTHONPATH=. $(PYTHON) benchmarks/run_vector.py --device cuda --out benchmarks/results
 	PYTHONPATH=. $(PYTHON) benchmarks/run_glm.py --device cuda --out benchmarks/results
+	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --problems logistic mlp cleaning --repeats 5 --out benchmarks/results
 
 clean:  ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info demo_out mlopt/_C*.so .pytest_cache .mypy_cache .ruff_cache

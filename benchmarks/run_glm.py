@@ -239,8 +239,7 @@ def main() -> None:
     print(f"{ratios['cleaning, eager']:.1f}; per step, over one hvp: {per_product / products['seconds']['hvp']:.2f}")
     print(f"32 tasks of 25 x 64, 5 classes, 10 CG steps, eager loop/ours: {ratios['tasks, eager']:.1f}")
     if args.out:
-        name = str(result["device"]).lower().replace(" ", "-")
-        path = args.out / f"glm-{'gpu' if args.device == 'cuda' else 'cpu'}-{name}.json"
+        path = args.out / timing.file_name(args.device, "glm")
         timing.write(path, {**result, "products": products, "program": program})
         print(f"\nwrote {path}")
 

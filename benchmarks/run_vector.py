@@ -136,8 +136,7 @@ def main() -> None:
             text = ", ".join(f"{v:.1f} ({k})" for k, v in others.items())
             print(f"  {name:<18}  {ratio:6.2f} {entry['seconds'][name] * 1e6:10.2f}   {text}")
     if args.out:
-        name = str(result["device"]).lower().replace(" ", "-")
-        path = args.out / f"{'gpu' if args.device == 'cuda' else 'cpu'}-{name}.json"
+        path = args.out / timing.file_name(args.device)
         timing.write(path, result)
         print(f"\nwrote {path}")
 

@@ -13,6 +13,12 @@ from pathlib import Path
 import torch
 
 
+def wait(device: str) -> None:
+    """Wait for the work of a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def interleaved(functions: dict[str, Callable[[], object]], device: str, *, repeats: int = 15, least: float = 0.02):
     """Time several functions in turn, so that a machine whose speed drifts is unfair to none.
 
@@ -25,14 +31,13 @@ def interleaved(functions: dict[str, Callable[[], object]], device: str, *, repe
     Returns:
         Name -> {"median_s", "min_s", "max_s", "calls"}; seconds per call.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     calls = {}
     for name, function in functions.items():
         function()
-        wait()
+        wait(device)
         start = time.perf_counter()
         function()
-        wait()
+        wait(device)
         calls[name] = max(1, int(least / max(time.perf_counter() - start, 1e-7)))
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
@@ -40,7 +45,7 @@ def interleaved(functions: dict[str, Callable[[], object]], device: str, *, repe
             start = time.perf_counter()
             for _ in range(calls[name]):
                 function()
-            wait()
+            wait(device)
             seconds[name].append((time.perf_counter() - start) / calls[name])
     return {
         name: {"median_s": statistics.median(s), "min_s": min(s), "max_s": max(s), "calls": calls[name]}
@@ -62,6 +67,12 @@ def describe(device: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "commit": commit,
     }
+
+
+def file_name(device: str, what: str = "") -> str:
+    """Name a file of results by the kind of device and its name: ``[what-]gpu-nvidia-h100.json``."""
+    name = str(describe(device)["device"]).lower().replace(" ", "-")
+    return "-".join(filter(None, [what, "gpu" if device == "cuda" else "cpu", name])) + ".json"
 
 
 def write(path: Path, result: dict[str, object]) -> None:

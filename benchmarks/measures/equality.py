@@ -22,8 +22,8 @@ class Disagreement(Exception):  # noqa: N818 - a result, not a failure of the pr
 State = tuple[torch.Tensor, torch.Tensor]
 
 
-def _run(problem: BenchmarkProblem, case: str, method: str, smoke: bool) -> tuple[bool, State, State]:
-    runner = METHODS[method](problem.make(torch.float64, smoke), case, problem.name)
+def _run(problem: BenchmarkProblem, case: str, method: str, smoke: bool, device: str) -> tuple[bool, State, State]:
+    runner = METHODS[method](problem.make(torch.float64, smoke).to(device), case, problem.name)
     start = runner.state()
     for _ in range(ITERATIONS):
         runner.outer()
@@ -31,11 +31,11 @@ def _run(problem: BenchmarkProblem, case: str, method: str, smoke: bool) -> tupl
 
 
 @functools.cache
-def _reference(problem: BenchmarkProblem, case: str, smoke: bool) -> tuple[bool, State, State]:
-    return _run(problem, case, "hand-written", smoke)
+def _reference(problem: BenchmarkProblem, case: str, smoke: bool, device: str) -> tuple[bool, State, State]:
+    return _run(problem, case, "hand-written", smoke, device)
 
 
-def check_equal(problem: BenchmarkProblem, case: str, method: str, *, smoke: bool) -> float | None:
+def check_equal(problem: BenchmarkProblem, case: str, method: str, *, smoke: bool, device: str = "cpu") -> float | None:
     """Compare a method's parameters with the reference's after a few outer iterations, in float64.
 
     Returns:
@@ -47,12 +47,12 @@ def check_equal(problem: BenchmarkProblem, case: str, method: str, *, smoke: boo
         Disagreement: The difference is above the tolerance.
     """
     try:
-        _, start, expected = _reference(problem, case, smoke)
+        _, start, expected = _reference(problem, case, smoke, device)
     except UnavailableError:
         return None
     if method == "hand-written":
         return None
-    exact, _, found = _run(problem, case, method, smoke)
+    exact, _, found = _run(problem, case, method, smoke, device)
     if not exact:
         return None
     differences = [float((f - e).norm() / (e - s).norm()) for f, e, s in zip(found, expected, start, strict=True)]

@@ -38,8 +38,8 @@ class AbstractRunner(abc.ABC):
 
 
 def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return tensors as one float64 vector."""
-    return torch.cat([t.detach().double().reshape(-1) for t in tensors])
+    """Return tensors as one float64 vector of the CPU."""
+    return torch.cat([t.detach().double().cpu().reshape(-1) for t in tensors])
 
 
 class TorchRunner(AbstractRunner):

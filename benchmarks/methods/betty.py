@@ -58,10 +58,16 @@ class Betty(TorchRunner):
                 lower_optimizer,
                 None,
                 instance.lower_data,
-                "cpu",
+                str(instance.device),
             )
             upper = Upper(
-                "upper", Config(allow_unused=True), instance.upper, upper_optimizer, None, instance.upper_data, "cpu"
+                "upper",
+                Config(allow_unused=True),
+                instance.upper,
+                upper_optimizer,
+                None,
+                instance.upper_data,
+                str(instance.device),
             )
             self.engine = Engine(
                 [upper, lower],

@@ -53,7 +53,11 @@ class Jax(AbstractRunner):
 
     def __init__(self, instance: Instance, case: str, name: str) -> None:
         try:
-            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+            on_gpu = instance.device.type == "cuda"
+            if on_gpu:
+                os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
+            else:
+                os.environ.setdefault("JAX_PLATFORMS", "cpu")
             if torch.get_num_threads() == 1:  # as many threads as the others, if it has not started yet
                 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
             import jax
@@ -61,6 +65,10 @@ class Jax(AbstractRunner):
             raise UnavailableError(f"not installed ({error})") from None
         if case not in ("cg", "neumann"):
             raise UnavailableError("not written in JAX")
+        if on_gpu and jax.default_backend() != "gpu":
+            raise UnavailableError("JAX sees no GPU")
+        if on_gpu:  # torch's default: no products of shortened float32
+            jax.config.update("jax_default_matmul_precision", "highest")
         dtype = next(instance.lower.parameters()).dtype
         jax.config.update("jax_enable_x64", dtype == torch.float64)
         lower_loss, upper_loss = _losses(name, instance)
@@ -68,7 +76,7 @@ class Jax(AbstractRunner):
         from jax import lax
 
         def array(tensor):
-            return jnp.asarray(np.array(tensor.detach()))  # a copy: the modules are trained by others
+            return jnp.asarray(np.array(tensor.detach().cpu()))  # a copy: the modules are trained by others
 
         def stack(batches):
             return tuple(jnp.stack([array(b[k]) for b in batches]) for k in range(2))

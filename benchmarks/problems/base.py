@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 Loss = Callable[[nn.Module, nn.Module, Any], torch.Tensor]
 
@@ -43,6 +44,18 @@ class Instance:
     unroll_steps: int
     solver_steps: int
     neumann_scale: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where modules and data are."""
+        return next(self.lower.parameters()).device
+
+    def to(self, device: str) -> Instance:
+        """Move modules and data; returns the instance itself."""
+        for module in (self.lower, self.upper):
+            module.to(device)
+        self.lower_data, self.upper_data = tree_map(lambda t: t.to(device), (self.lower_data, self.upper_data))
+        return self
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
