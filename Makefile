@@ -82,13 +82,16 @@ bench: setup  ## time outer iterations and kernels against their peers on this m
 	@$(PY) benchmarks/run_vector.py --device cpu
 	@$(PY) benchmarks/run_glm.py --device cpu
 
+# Several programs fit a GPU, and compile on the CPUs.
+GPU_WORKERS = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 4)
+
 gpu-check:  ## on a machine with a GPU and its own torch: build in place, test and measure everything CUDA; no network
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
-	MLOPT_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. MLOPT_REQUIRE_EXTENSION=1 $(PYTHON) -m pytest -m cuda tests
+	MLOPT_CUDA=1 MAX_JOBS=$$(nproc) $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. MLOPT_REQUIRE_EXTENSION=1 $(PYTHON) -m pytest -m cuda tests $(GPU_WORKERS)
 	@if command -v compute-sanitizer >/dev/null; then \
 	  PYTHONPATH=. MLOPT_REQUIRE_EXTENSION=1 compute-sanitizer --error-exitcode 1 \
-	    $(PYTHON) -m pytest -m cuda tests/ops -k "not large"; fi
+	    $(PYTHON) -m pytest -m cuda tests/ops -k "test_hvp or test_gd or test_cg_step or test_dot_and_norm"; fi
 	PYTHONPATH=. $(PYTHON) benchmarks/run_vector.py --device cuda --out benchmarks/results
 	PYTHONPATH=. $(PYTHON) benchmarks/run_glm.py --device cuda --out benchmarks/results
 	PYTHONPATH=. $(PYTHON) -m benchmarks.run --device cuda --problems logistic mlp cleaning --repeats 5 --out benchmarks/results

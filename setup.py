@@ -75,12 +75,12 @@ class BuildExtension(build_ext):
             sys.exit(f"mlopt: no C++ compiler ({compiler}); install g++ or set CXX")
 
         binding = [
-            f"-I{package / 'include'}",  # has pybind11 too
-            f"-I{package / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
-            f"-I{sysconfig.get_path('include')}",
+            # -isystem: no warning of any compiler in headers that are not ours stops the build
+            *("-isystem", str(package / "include")),  # has pybind11 too
+            *("-isystem", str(package / "include" / "torch" / "csrc" / "api" / "include")),
+            *("-isystem", sysconfig.get_path("include")),
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
             "-fopenmp",  # at::parallel_for is serial without it; torch's own libgomp is the one that gets loaded
-            "-Wno-unused-parameter",  # torch's headers
         ]
         if nvcc:
             binding.append(f'-DMLOPT_WITH_CUDA="{cuda_version(nvcc)}"')
@@ -98,15 +98,12 @@ class BuildExtension(build_ext):
                 else:
                     command = [compiler, *CXX_FLAGS, *(binding if part == "binding" else [])]
                 commands.append(([*command, "-c", str(source), "-o", str(output)], output))
-        headers = [p for pattern in ("*.h", "*.cuh") for p in CSRC.rglob(pattern)]
-        newest = max(p.stat().st_mtime for p in [*headers, CSRC / "sources.txt", Path(__file__)])
         stale = []
         for command, output in commands:
             output.parent.mkdir(parents=True, exist_ok=True)
             stamp = output.with_suffix(".cmd")
-            source_time = max(newest, Path(command[-3]).stat().st_mtime)
-            fresh = output.exists() and output.stat().st_mtime > source_time
-            if not (fresh and stamp.exists() and stamp.read_text() == " ".join(command)):
+            command += ["-MMD", "-MF", str(output.with_suffix(".d"))]
+            if not (is_fresh(output) and stamp.exists() and stamp.read_text() == " ".join(command)):
                 stale.append((command, stamp))
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "4"))) as pool:
             list(pool.map(lambda job: run(*job), stale))
@@ -119,6 +116,15 @@ class BuildExtension(build_ext):
             cuda_lib = find_cudart(nvcc)
             link += [str(cuda_lib), "-ldl", "-lrt", "-lpthread"]
         run(link, None)
+
+
+def is_fresh(output: Path) -> bool:
+    """Whether an object is newer than all files it was made of, which the compiler has listed beside it."""
+    listing = output.with_suffix(".d")
+    if not (output.exists() and listing.exists()):
+        return False
+    inputs = listing.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return all(Path(p).exists() and Path(p).stat().st_mtime < output.stat().st_mtime for p in inputs)
 
 
 def run(command: list[str], stamp: Path | None) -> None:

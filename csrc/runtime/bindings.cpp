@@ -1,5 +1,6 @@
 // The runtime classes in Python. Package and Call are documented where they are used, mlopt/backends/inductor/, the
-// operators and the loops in mlopt/linalg/, GlmSteps in mlopt/backends/native/.
+// operators and the loops in mlopt/linalg/, GlmSteps in mlopt/backends/native/, Program in
+// mlopt/runtime/native_step.py.
 #include "bindings.h"
 
 #include <pybind11/stl.h>
@@ -9,6 +10,7 @@
 #include "../glm/glm_steps.h"
 #include "call.h"
 #include "operator.h"
+#include "program.h"
 #include "solvers.h"
 #include "steps.h"
 #include "workspace.h"
@@ -78,6 +80,20 @@ void bind_runtime(py::module& m) {
       .def(py::init<const std::string&, const at::Tensor&, int64_t, bool, int64_t>())
       .def("run", &GlmSteps::run, py::call_guard<py::gil_scoped_release>());
 
+  py::class_<BoundCall>(m, "BoundCall");
+  py::class_<Program>(m, "Program")
+      .def(py::init<size_t>())
+      .def("add_call", &Program::add_call)
+      .def("add_cg", &Program::add_cg)
+      .def("add_neumann", &Program::add_neumann)
+      .def("add_sum", &Program::add_sum)
+      .def("write", &Program::write)
+      .def(
+          "run",
+          [](const Program& program, std::vector<at::Tensor> given, const std::vector<Program::Register>& wanted,
+             const py::object& recorder) { return program.run(std::move(given), wanted, recorder); },
+          py::call_guard<py::gil_scoped_release>());
+
   using Pairs = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;
   py::class_<Call, std::shared_ptr<Call>>(m, "Call")
       .def(
@@ -102,6 +118,7 @@ void bind_runtime(py::module& m) {
       .def("__call__", &Call::operator())
       .def("results", &Call::results)
       .def("steps", &Call::steps)
+      .def("bind", &Call::bind)
       // The call as a linear operator in argument `hole`; None where the sizes were not declared.
       .def("operator", [](Call& call, const py::sequence& arguments, int64_t hole) -> std::shared_ptr<LinearOperator> {
         TORCH_CHECK(call.returns_one_tensor(), "package: an operator returns one tensor");

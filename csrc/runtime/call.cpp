@@ -109,6 +109,23 @@ py::tuple Call::results(const py::sequence& arguments, const std::vector<at::Ten
   return returned;
 }
 
+std::optional<BoundCall> Call::bind(const py::sequence& arguments) {
+  auto prepared = prepare(arguments, -1);
+  if (!prepared) return std::nullopt;
+  BoundCall bound{package_, find(arguments)->layouts, std::move(prepared->inputs), {}, {}, {}};
+  for (size_t k = 0; k < bound.fixed.size(); ++k) {
+    const bool is_argument = k < arguments_.size();
+    bound.arguments.push_back(is_argument ? static_cast<int64_t>(arguments_[k]) : BoundCall::kNothing);
+    if (is_argument) bound.fixed[k] = at::Tensor();
+  }
+  for (const Output& output : outputs_) {
+    const auto index = static_cast<int64_t>(output.index);
+    bound.computed.push_back(output.kind == OutputKind::kComputed ? index : BoundCall::kNothing);
+    bound.passed_on.push_back(output.kind == OutputKind::kArgument ? index : BoundCall::kNothing);
+  }
+  return bound;
+}
+
 std::shared_ptr<Steps> Call::steps(const py::sequence& arguments,
                                    const std::vector<std::pair<size_t, size_t>>& feedback,
                                    const std::vector<size_t>& batch, const std::vector<size_t>& numbers,

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "package.h"
+#include "program.h"
 #include "steps.h"
 
 namespace mlopt {
@@ -59,6 +60,9 @@ class Call {
   std::shared_ptr<Steps> steps(const pybind11::sequence& arguments,
                                const std::vector<std::pair<size_t, size_t>>& feedback, const std::vector<size_t>& batch,
                                const std::vector<size_t>& numbers, size_t num_kept);
+
+  // The call for the sizes of these arguments; nothing where they were not declared.
+  std::optional<BoundCall> bind(const pybind11::sequence& arguments);
 
   const std::shared_ptr<Package>& package() const { return package_; }
   bool returns_one_tensor() const { return outputs_.size() == 1 && outputs_[0].kind == OutputKind::kComputed; }

@@ -56,6 +56,16 @@ class Compiled(Protocol):
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Run the graph."""
 
+    def native_call(self, arguments: Sequence[Any]) -> Any:
+        """Return the graph as a part of native programs, or None if it is not native.
+
+        Args:
+            arguments: Those of a call; it holds for tensors of the same sizes, and for the same numbers.
+
+        Returns:
+            ``mlopt._C.BoundCall``.
+        """
+
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """Return the graph, if it has one output, as a native operator in argument `hole`, or None if it is not native.
 

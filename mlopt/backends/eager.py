@@ -30,6 +30,10 @@ class EagerGraph:
         with torch.no_grad():
             return self._forward(*arguments)
 
+    def native_call(self, arguments: Sequence[Any]) -> Any:
+        """None: the graph is Python."""
+        return None
+
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """None: the graph is Python."""
         return None

@@ -179,8 +179,12 @@ class UpdateGraph:
                 torch._foreach_copy_(written, values)
             for x, value in others:
                 self._store(x, value.detach())
-            for (name, key), constant in self.made.items():
-                self.optimizer.state[self.parameters[name]][key] = constant
+        self.store_constants()
+
+    def store_constants(self) -> None:
+        """Write what every step leaves in the optimizer's state and is no result of the graph."""
+        for (name, key), constant in self.made.items():
+            self.optimizer.state[self.parameters[name]][key] = constant
 
     def is_free(self) -> bool:
         """Whether the live optimizer's ``step()`` is its class's, with no hooks that a graph would not call."""

@@ -20,8 +20,9 @@ from mlopt.planner import MixedProduct, ProductNeeds, ReverseSteps, Solve, plan_
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, AbstractLinearization, MeanLinearization
 from mlopt.runtime.exchange import exchanged
-from mlopt.runtime.execute import Executor, Pass
+from mlopt.runtime.execute import Executor
 from mlopt.runtime.rng import frozen_random_state
+from mlopt.runtime.step_pass import Pass
 
 # Up to this size the reference is the whole Hessian, which also gives its exact spectrum.
 DENSE_SIZE = 1500

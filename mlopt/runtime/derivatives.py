@@ -307,6 +307,10 @@ class GraphDerivatives(AbstractDerivatives):
         self.graphs, self.backend, self._call = other.graphs, other.backend, other._call
         self.step, self.update = other.step, other.update
 
+    def compiled(self, name: str) -> Compiled:
+        """Return what became of a graph, by its name in `DerivativeGraphs.modules`."""
+        return self._call[name]
+
     def lowerings(self) -> dict[str, Lowering]:
         """Return what became of each graph."""
         found = {name: call.lowering for name, call in self._call.items()}

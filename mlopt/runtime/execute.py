@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,6 @@ from mlopt.linalg import (
     DiagonalOperator,
     FunctionOperator,
     Outcome,
-    Solution,
 )
 from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, ReverseSteps, Solve, Update
 from mlopt.planner.instructions import HYPERGRADIENT
@@ -40,44 +38,15 @@ from mlopt.runtime.derivatives import (
 from mlopt.runtime.derive import Derivation, Derive
 from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
+from mlopt.runtime.lowered_update import CompiledUpdate
+from mlopt.runtime.native_step import NativeSteps
 from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
 from mlopt.runtime.schedule import mark_stepped, step_scheduler
 from mlopt.runtime.state import ProblemState, Sample
+from mlopt.runtime.step_pass import Made, Pass
 from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
-
-
-@dataclasses.dataclass
-class Pass:
-    """The slots of one run of a problem's instructions."""
-
-    slots: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    linearizations: dict[str, AbstractLinearization] = dataclasses.field(default_factory=dict)
-    solutions: dict[str, Solution] = dataclasses.field(default_factory=dict)
-    result: GradientResult | None = None
-    samples: tuple[Sample, ...] = ()
-    derivatives: AbstractDerivatives | None = None  # of the problem's own loss
-
-    def add(self, slot: str, value: torch.Tensor) -> None:
-        """Add a vector into a slot; an empty slot takes it over."""
-        present = self.slots.get(slot)
-        self.slots[slot] = value if present is None else present + value
-
-
-@dataclasses.dataclass
-class Made:
-    """What became of one step.
-
-    Attributes:
-        results: Loss and metrics.
-        interrupt: Ctrl-C, if it came when the step was made.
-        left_out: It was not finite, and changed nothing.
-    """
-
-    results: dict[str, Any]
-    interrupt: BaseException | None = None
-    left_out: bool = False
 
 
 class _NoProducts(AbstractLinearization):
@@ -137,6 +106,7 @@ class Executor:
         self.seen = {name: tuple((seen or {}).get(name, plan[name].reads)) for name in problems}
         self.derive = Derivation(derive)
         self._quiet = quiet
+        self._native = NativeSteps(plan, layouts)
         self.unrolls: dict[str, Unroll] = {}
         self.histories = {
             i.problem: History(problems[i.problem], [problems[r] for r in self.seen[i.problem]], i.steps)
@@ -224,6 +194,8 @@ class Executor:
             made = self._step_compiled(name, samples[0])
             if made is not None:
                 return made
+        elif (made := self._step_native(name, samples)) is not None:
+            return made
         run = self._run(name, samples, keep_guesses=True)
         assert run.result is not None
         results = {"loss": run.result.loss, **run.result.metrics}
@@ -253,18 +225,44 @@ class Executor:
             for live, value in run.result.buffers:
                 live.copy_(value)
 
-    def _update_compiled(self, name: str, run: Pass) -> bool:
-        """Make the update by its compiled graph, where there is one and nobody wants to see the gradient."""
-        indirect = run.slots.get(HYPERGRADIENT)
-        if indirect is None or self.keep_gradients or name in self.histories or self.check.looks_at(name):
-            return False
-        assert run.result is not None and run.derivatives is not None
-        compiled = run.derivatives.update
+    def _step_native(self, name: str, samples: Sequence[Sample]) -> Made | None:
+        """Make one step by a native program; None if there is none, and nothing was changed."""
+        lowers = [i.problem for i in self.plan[name].instructions if isinstance(i, Linearize)]
+        if not lowers:
+            return None
+        given = {name: samples, **{lower: self.lower_samples(lower) for lower in lowers}}
+        if any(len(each) != 1 or each[0].random_state is not None for each in given.values()):
+            return None
+        batches = {key: each[0].batch for key, each in given.items()}
+        self.derive.begin()
+        if self._total_update(name, self.derive(name, batches[name])) is None:
+            return None
+        made = self._native.step(name, batches, self.derive)
+        if made is None:
+            return None
+        self.states[name].samples = (Sample(batches[name]),)
+        for instruction, solution in made.solutions:
+            self._report(name, instruction, solution.outcome)
+        mark_stepped(self.problems[name].optimizer)
+        self._step_scheduler(name, made.results["loss"])
+        return Made(made.results)
+
+    def _total_update(self, name: str, derivatives: AbstractDerivatives | None) -> CompiledUpdate | None:
+        """Return the compiled update, where there is one and nobody wants to see the gradient."""
+        if self.keep_gradients or name in self.histories or self.check.looks_at(name):
+            return None
+        compiled = None if derivatives is None else derivatives.update
         if compiled is None or not compiled.is_used():
-            return False
+            return None
         self._set_hyperparameters(name)
-        if not compiled.accepts():
+        return compiled if compiled.accepts() else None
+
+    def _update_compiled(self, name: str, run: Pass) -> bool:
+        """Make the update by its compiled graph, where that can be."""
+        indirect, compiled = run.slots.get(HYPERGRADIENT), self._total_update(name, run.derivatives)
+        if indirect is None or compiled is None:
             return False
+        assert run.result is not None
         self._keep_state(name, run)
         try:
             compiled.run(run.result.own, indirect)

@@ -22,7 +22,7 @@ from mlopt.precision import LossScale
 from mlopt.problem import Problem
 
 if TYPE_CHECKING:
-    from mlopt.runtime.execute import Pass
+    from mlopt.runtime.step_pass import Pass
 
 POLICIES = ("raise", "skip", "roll_back")
 

@@ -67,10 +67,17 @@ class LoweredUpdate:
             found = self._state[id(x)] = self._update.live(x)
         return found
 
-    def _commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+    def targets(self) -> list[torch.Tensor | None]:
+        """Return what new values are written into: see `UpdateGraph.targets`."""
         if self._targets is None:
             self._targets = self._update.targets()
-        self._update.commit(results, also, self._targets)
+        return self._targets
+
+    def _commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
+        self._update.commit(results, also, self.targets())
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         for parameter in self._update.parameters.values():
             parameter.grad = None
 
@@ -118,6 +125,19 @@ class CompiledUpdate(LoweredUpdate):
             RuntimeError: The graph cannot be run with these tensors; nothing was written.
         """
         self._commit(self.compute(own, indirect, self._update, self._update.parameters))
+
+    def given(self) -> list[torch.Tensor]:
+        """Return the live parameters that are arguments of the graph, and the settings."""
+        graph, live = self.graph, self._update.parameters
+        return [
+            *[live[name] for name in graph.parameters],
+            *[self._setting(x, self._update) for x in graph.settings],
+        ]
+
+    def written(self) -> None:
+        """Do what is left to do where somebody else has written the new values into `targets`."""
+        self._update.store_constants()
+        self._forget_gradients()
 
     def _setting(self, x: UpdateValue, update: UpdateGraph) -> torch.Tensor:
         if x.role is not UpdateRole.HYPERPARAMETER or x.number is None:

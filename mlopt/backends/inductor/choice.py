@@ -50,6 +50,12 @@ class MeasuredGraph:
         self._final = dataclasses.replace(lowering, backend=backend, note=f"{lowering.note}; {self._figures}")
         return self._final
 
+    def native_call(self, arguments: Sequence[Any]) -> Any:
+        """See `Compiled`."""
+        if self._chosen is None:
+            self._measure(arguments)
+        return self._chosen.native_call(arguments)
+
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
         if not self._lowered.is_operator(hole):

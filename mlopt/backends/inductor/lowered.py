@@ -73,6 +73,19 @@ class LoweredGraph:
             results = None
         return self.eager(*arguments) if results is None else results
 
+    def native_call(self, arguments: Sequence[Any]) -> Any:
+        """See `Compiled`."""
+        if self._failed:
+            return None
+        try:
+            bound = self.native.bind(arguments)
+            if bound is None and self.accepts(arguments):
+                bound = self.native.bind(arguments)
+        except RuntimeError as error:
+            self._fail(error)
+            return None
+        return bound
+
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
         if self._failed or not self.is_operator(hole):

@@ -64,6 +64,10 @@ class GlmGraph:
         """Run the graph."""
         return self._graph(*arguments)
 
+    def native_call(self, arguments: Sequence[Any]) -> Any:
+        """See `Compiled`."""
+        return self._graph.native_call(arguments)
+
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
         if self._choice.first is False:

@@ -57,6 +57,12 @@ class SkinnyGraph:
             self._choice.measure(lambda: self._skinny(*arguments), lambda: self._graph(*arguments), device)
         return self._skinny(*arguments) if self._choice.first else self._graph(*arguments)
 
+    def native_call(self, arguments: Sequence[Any]) -> Any:
+        """See `Compiled`."""
+        if self._choice.first is None:
+            self(*arguments)
+        return (self._skinny if self._choice.first else self._graph).native_call(arguments)
+
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
         if self._choice.first is None:

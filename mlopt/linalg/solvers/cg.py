@@ -48,7 +48,7 @@ def cg(
         The solution, residuals by recurrence.
     """
     if check_every is None:
-        check_every = 1 if b.device.type == "cpu" else 8
+        check_every = cg_check_every(b)
     start = None
     if x0 is not None:
         start = x0, b - (operator.mv(x0) if b.ndim == 1 else operator.mm(x0))
@@ -56,7 +56,24 @@ def cg(
         x, state, scale = run_cg(operator.native, b, start, rtol, max_steps, check_every)
     else:
         x, state, scale = _run(operator, b, start, rtol, max_steps, check_every)
-    if b.ndim == 1 and b.device.type == "cpu":  # numbers at hand, and tensor operations would take longer than a step
+    return cg_solution(x, state, scale)
+
+
+def cg_check_every(b: torch.Tensor) -> int:
+    """Return how many steps there are between looks at whether a solve has ended, where nothing else is asked for."""
+    return 1 if b.device.type == "cpu" else 8
+
+
+def cg_solution(x: torch.Tensor, state: torch.Tensor, scale: torch.Tensor) -> Solution:
+    """Return what a solve came to.
+
+    Args:
+        x: The value.
+        state: See `mlopt.ops.CgState`.
+        scale: ``||b||``.
+    """
+    if state.ndim == 1 and state.device.type == "cpu":
+        # Numbers are at hand, and tensor operations would take longer than a step.
         rr, _, status, _, _ = state.tolist()
         outcome = _OUTCOMES[int(status)] if math.isfinite(rr) else Outcome.NON_FINITE
         return Solution.deferred(x, lambda: _details(state, scale), outcome)

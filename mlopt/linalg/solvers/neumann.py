@@ -35,8 +35,20 @@ def neumann(operator: AbstractLinearOperator, b: torch.Tensor, *, num_terms: int
         for _ in range(num_terms - 1):
             product = operator.mv(term) if term.ndim == 1 else operator.mm(term)
             ops.neumann_step_(term, total, product, scale)
+    return neumann_solution(total.mul_(scale), term, b, num_terms)
+
+
+def neumann_solution(x: torch.Tensor, term: torch.Tensor, b: torch.Tensor, num_terms: int) -> Solution:
+    """Return what a series came to.
+
+    Args:
+        x: The value.
+        term: The last term.
+        b: The right-hand side.
+        num_terms: Number of terms.
+    """
     size, start = ops.norm(term), ops.norm(b)
     ratio = torch.where(start > 0, size / start, torch.zeros_like(size))
     outcomes = torch.where(ratio > 1, int(Outcome.DIVERGING), int(Outcome.CONVERGED))
     outcomes = torch.where(torch.isfinite(size), outcomes, int(Outcome.NON_FINITE))
-    return Solution(total.mul_(scale), outcomes, torch.full_like(outcomes, num_terms), ratio)
+    return Solution(x, outcomes, torch.full_like(outcomes, num_terms), ratio)

@@ -1,0 +1,78 @@
+// `Program`: a problem's whole step above others, without Python between its parts.
+//
+// A program is a list of operations on registers, each of which holds a tensor: calls of packages, solves, sums, and at
+// the end the writes of new values into the caller's tensors. It is put together in Python, which has made the same
+// step by itself before: see mlopt/runtime/native_step.py. Nothing of the caller's is written before all else is done,
+// so an error or Ctrl-C on the way leaves everything as it was.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "operator.h"
+#include "package.h"
+
+namespace mlopt {
+
+// A package with the sizes it is called for: which argument each input is, or the fixed tensor that it is.
+struct BoundCall {
+  // What an output of the graph is: computed, one of the arguments, or no tensor.
+  static constexpr int64_t kNothing = -1;
+
+  std::shared_ptr<Package> package;
+  std::vector<Layout> layouts;
+  std::vector<at::Tensor> fixed;   // undefined where the input is an argument
+  std::vector<int64_t> arguments;  // per input: the position of the argument, or kNothing
+  std::vector<int64_t> computed;   // per output of the graph: that of the package, or kNothing
+  std::vector<int64_t> passed_on;  // per output of the graph: the argument it is, or kNothing
+};
+
+class Program {
+ public:
+  using Register = int64_t;
+
+  // The first `num_given` registers are what `run` is given.
+  explicit Program(size_t num_given) : num_registers_(num_given), num_given_(num_given) {}
+
+  // A call with these arguments, kNothing for what is no tensor. Returns the registers of the graph's outputs.
+  std::vector<Register> add_call(const BoundCall& call, const std::vector<Register>& arguments);
+
+  // Conjugate gradients from zero on the call, as an operator in argument `hole`, plus damping I. Returns the registers
+  // of the solution, the state and the size of b: see CgResult.
+  std::vector<Register> add_cg(const BoundCall& call, const std::vector<Register>& arguments, size_t hole,
+                               double damping, Register b, double rtol, int64_t max_steps, int64_t check_every);
+
+  // A Neumann series likewise. Returns the registers of the sum times the scale, and of its last term.
+  std::vector<Register> add_neumann(const BoundCall& call, const std::vector<Register>& arguments, size_t hole,
+                                    Register b, int64_t num_terms, double scale);
+
+  // sign * a, or base + sign * a.
+  Register add_sum(Register base, double sign, Register a);
+
+  // At the end, the register's value is written into a tensor of as many elements.
+  void write(Register value, at::Tensor target);
+
+  // Returns the values of some registers. recorder: of the solves, see repeated.h. What is wrong with a tensor that is
+  // given is thrown, and so is Ctrl-C: then nothing was written. Call it without the GIL.
+  std::vector<at::Tensor> run(std::vector<at::Tensor> given, const std::vector<Register>& wanted,
+                              pybind11::handle recorder) const;
+
+ private:
+  using Registers = std::vector<at::Tensor>;
+
+  Register next() { return static_cast<Register>(num_registers_++); }
+  void check(Register value) const;
+  // Checks the arguments of a call; `hole` is left out.
+  void check(const BoundCall& call, const std::vector<Register>& arguments, int64_t hole) const;
+
+  size_t num_registers_, num_given_;
+  std::vector<std::function<void(Registers&, pybind11::handle)>> operations_;
+  std::vector<Register> written_;
+  std::vector<at::Tensor> targets_;
+};
+
+}  // namespace mlopt

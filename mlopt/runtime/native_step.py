@@ -1,0 +1,319 @@
+"""`NativeSteps`: steps of problems above others as one native program each, where nothing in them needs Python.
+
+Such a step is a handful of calls: the gradient of the problem's own loss, for every problem below a linearization, a
+solve and mixed products, and the update. In a small program they take less time than what leads from one to the next in
+Python. So a step that has been made once is put together as a `mlopt._C.Program`, with its packages, for the sizes that
+they were called with. The user's objects stay the truth: a program reads the live tensors and writes into them, and is
+left aside as soon as anything is not as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mlopt import ops
+from mlopt.autodiff import FlatLayout
+from mlopt.backends import Compiled
+from mlopt.hypergradient import CG, Neumann
+from mlopt.linalg import Solution
+from mlopt.linalg.solvers.cg import cg_check_every, cg_solution
+from mlopt.linalg.solvers.neumann import neumann_solution
+from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solve, Update
+from mlopt.planner.instructions import HYPERGRADIENT
+from mlopt.runtime.data import Batch
+from mlopt.runtime.derivatives import AbstractDerivatives, GraphDerivatives
+
+logger = logging.getLogger(__name__)
+
+_NO_TENSOR = -1  # mlopt::BoundCall::kNothing
+_MOST_KEPT = 16  # programs per problem; batches may come in a few sizes
+_FIRST = 2  # how often a step is made before it is put together, which costs about as much as making it
+
+
+class _UnsuitableError(Exception):
+    """The step cannot be a native program; says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    """A register of the program, or `_NO_TENSOR`, and what it held when the step was put together."""
+
+    register: int
+    then: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+    """A solve of the program: the registers that tell how it went."""
+
+    instruction: Solve
+    registers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeOutcome:
+    """What came of a step.
+
+    Attributes:
+        results: Loss and metrics.
+        solutions: For each solve.
+    """
+
+    results: dict[str, Any]
+    solutions: list[tuple[Solve, Solution]]
+
+
+class NativeStep:
+    """One step as a program, for derivatives and sizes that the caller answers for.
+
+    Args:
+        plan: The instructions.
+        layouts: Flat layouts by problem.
+        name: The problem.
+        derivatives: Of this problem and of those that its step linearizes.
+        batches: What they are evaluated on.
+
+    Raises:
+        _UnsuitableError: It cannot be.
+    """
+
+    def __init__(
+        self,
+        plan: ExecutionPlan,
+        layouts: Mapping[str, FlatLayout],
+        name: str,
+        derivatives: Mapping[str, GraphDerivatives],
+        batches: Mapping[str, Batch],
+    ) -> None:
+        update = derivatives[name].update
+        if update is None:
+            raise _UnsuitableError("its update is not compiled")
+        self._layouts = layouts
+        self._derivatives = derivatives  # alive as long as their ids stand for them
+        self._own, self._update = derivatives[name], update
+        self._losses = [derivatives[key].graphs.loss for key in batches]
+        self._targets = update.targets()
+        given = self._given(batches)
+        self._program = importlib.import_module("mlopt._C").Program(len(given))
+        values = iter([_Value(k, t) for k, t in enumerate(given)])
+        inputs = {key: [next(values) for _ in loss.inputs] for key, loss in zip(batches, self._losses, strict=True)}
+        self._slots: dict[str, _Value] = {}
+        self._residuals: dict[str, list[_Value]] = {}
+        self._solved: list[_Solved] = []
+        for instruction in plan[name].instructions:
+            if isinstance(instruction, Gradient):
+                gradient = self._gradient(instruction, inputs[name])
+            elif isinstance(instruction, Linearize):
+                key = instruction.problem
+                self._residuals[key] = self._call(derivatives[key].compiled("primal"), inputs[key])
+            elif isinstance(instruction, Solve):
+                self._solve(instruction, derivatives[instruction.problem])
+            elif isinstance(instruction, MixedProduct) and instruction.step is None:
+                self._mixed(instruction, derivatives[instruction.problem])
+            elif not isinstance(instruction, Update):
+                raise _UnsuitableError(f"{instruction}: no part of a native program")
+        loss, metrics, own, buffers = gradient
+        self._write(own, list(values), buffers)
+        self._wanted = [loss, *metrics]
+        for solved in self._solved:
+            self._wanted += solved.registers
+        self._num_metrics = len(metrics)
+
+    def is_right(self) -> bool:
+        """Whether the update would write into the same tensors."""
+        return all(map(operator.is_, self._update.targets(), self._targets))
+
+    def run(self, batches: Mapping[str, Batch]) -> NativeOutcome:
+        """Make the step.
+
+        Raises:
+            RuntimeError: A tensor is not what it was; nothing was written.
+        """
+        device = self._layouts[self._losses[0].problem].device
+        values = self._program.run(self._given(batches), self._wanted, ops.recorder_for(device))
+        self._update.written()
+        end = 1 + self._num_metrics
+        results = {"loss": values[0], **self._losses[0].named_metrics(values[1:end])}
+        solutions = []
+        for solved in self._solved:
+            start, end = end, end + len(solved.registers)
+            solutions.append((solved.instruction, _solution(solved.instruction, values[start:end])))
+        return NativeOutcome(results, solutions)
+
+    def _given(self, batches: Mapping[str, Batch]) -> list[torch.Tensor]:
+        given: list[torch.Tensor] = []
+        for loss, batch in zip(self._losses, batches.values(), strict=True):
+            given += loss.bind(batch.tensors)
+        return given + self._update.given()
+
+    def _call(self, compiled: Compiled, arguments: Sequence[_Value]) -> list[_Value]:
+        now = [value.then for value in arguments]
+        outputs = compiled(*now)
+        registers = self._program.add_call(_bound(compiled, now), [value.register for value in arguments])
+        return [_Value(register, output) for register, output in zip(registers, outputs, strict=True)]
+
+    def _gradient(
+        self, instruction: Gradient, inputs: list[_Value]
+    ) -> tuple[int, list[int], list[_Value], list[tuple[torch.Tensor, int]]]:
+        graph, loss = self._own.graphs.gradient, self._own.graphs.loss
+        outputs = iter(self._call(self._own.compiled("gradient"), inputs))
+        value, *metrics = [next(outputs) for _ in range(1 + len(loss.metrics))]
+        own = [next(outputs) for _ in graph.own]
+        cotangents = {key: next(outputs) for key in graph.cotangents}
+        buffers = [(loss.live(i), _register(next(outputs))) for i in graph.written_buffers]
+        for key, slot in instruction.cotangents:
+            self._add(slot, 1.0, cotangents[key])
+        return _register(value), [_register(m) for m in metrics], own, buffers
+
+    def _add(self, slot: str, sign: float, value: _Value) -> None:
+        present = self._slots.get(slot)
+        if present is None and sign == 1.0:
+            self._slots[slot] = value
+            return
+        base = _NO_TENSOR if present is None else _register(present)
+        then = sign * value.then if present is None else present.then + sign * value.then
+        self._slots[slot] = _Value(self._program.add_sum(base, sign, _register(value)), then)
+
+    def _solve(self, instruction: Solve, derivatives: GraphDerivatives) -> None:
+        estimator, rhs = instruction.estimator, self._slots[instruction.rhs]
+        residuals, compiled = self._residuals[instruction.problem], derivatives.compiled("hvp")
+        arguments = [*residuals, rhs]
+        compiled.native_operator([*(value.then for value in residuals), None], len(residuals))  # it may measure first
+        if compiled.is_kernel:
+            raise _UnsuitableError("its products are a kernel's")
+        bound = _bound(compiled, [value.then for value in arguments])
+        given = (bound, [value.register for value in arguments], len(residuals))
+        if type(estimator) is CG and estimator.preconditioner is None and not estimator.warm_start:
+            settings = (estimator.damping, _register(rhs), estimator.rtol, estimator.max_steps)
+            registers = self._program.add_cg(*given, *settings, cg_check_every(rhs.then))
+        elif type(estimator) is Neumann:
+            registers = self._program.add_neumann(*given, _register(rhs), estimator.num_terms, estimator.scale)
+            registers = [*registers, _register(rhs)]
+        else:
+            raise _UnsuitableError(f"{estimator!r} has no native loop")
+        self._solved.append(_Solved(instruction, tuple(registers[1:])))
+        self._slots[instruction.out] = _Value(registers[0], torch.zeros_like(rhs.then))
+
+    def _mixed(self, instruction: MixedProduct, derivatives: GraphDerivatives) -> None:
+        linearization = derivatives.graphs.linearization
+        assert linearization is not None
+        arguments = [*self._residuals[instruction.problem], self._slots[instruction.vector]]
+        products = self._call(derivatives.compiled("mixed"), arguments)
+        by_problem = dict(zip(linearization.targets, products, strict=True))
+        for key, slot in instruction.targets:
+            self._add(slot, -1.0, by_problem[key])
+
+    def _write(self, own: list[_Value], given: list[_Value], buffers: list[tuple[torch.Tensor, int]]) -> None:
+        """Make the update, whose inputs end in `given`, and write all that changes."""
+        graph = self._update.graph
+        parameters, settings = given[: len(graph.parameters)], given[len(graph.parameters) :]
+        direct = [own[i] for i in graph.direct]
+        outputs = self._call(self._update.call, [*parameters, *direct, self._slots[HYPERGRADIENT], *settings])
+        for target, value in zip(self._targets, outputs, strict=True):
+            if target is None:
+                raise _UnsuitableError("the optimizer has no state yet, or it keeps numbers that a step changes")
+            self._program.write(_register(value), target)
+        for live, register in buffers:
+            self._program.write(register, live)
+
+
+class NativeSteps:
+    """Makes steps by programs, which are put together when a step has been made a few times.
+
+    Args:
+        plan: The instructions.
+        layouts: Flat layouts by problem.
+    """
+
+    def __init__(self, plan: ExecutionPlan, layouts: Mapping[str, FlatLayout]) -> None:
+        self._plan, self._layouts = plan, layouts
+        self._known: dict[tuple[object, ...], NativeStep | int] = {}  # or how often it was asked for
+
+    def step(
+        self, name: str, batches: Mapping[str, Batch], derive: Callable[[str, Batch], AbstractDerivatives]
+    ) -> NativeOutcome | None:
+        """Make a step of a problem; None if it is to be made in the usual way, and nothing was changed.
+
+        Args:
+            name: The problem, whose update would be made by its compiled graph.
+            batches: Of the problem itself, first, and of those that its step linearizes.
+            derive: Gives the derivatives that are valid for a batch.
+        """
+        derivatives = {key: derive(key, batch) for key, batch in batches.items()}
+        own = derivatives[name]
+        key = (name, id(own.update), *map(id, derivatives.values()), *[_sizes(b) for b in batches.values()])
+        known: NativeStep | int | None = self._known.get(key, 0)
+        if isinstance(known, NativeStep) and not known.is_right():
+            known = 0
+        if isinstance(known, int):
+            known = self._meet(key, known, name, derivatives, batches)
+        if known is None:
+            return None
+        try:
+            return known.run(batches)
+        except RuntimeError as error:
+            logger.info("steps of problem %r are made one part after the other: %s", name, error)
+            self._known[key] = _NO_TENSOR
+            return None
+
+    def _meet(
+        self,
+        key: tuple[object, ...],
+        times: int,
+        name: str,
+        derivatives: Mapping[str, AbstractDerivatives],
+        batches: Mapping[str, Batch],
+    ) -> NativeStep | None:
+        """Count a step; return its program when the time has come."""
+        if times < 0:
+            return None
+        if key not in self._known and len(self._known) >= _MOST_KEPT:
+            self._known.clear()
+        self._known[key] = times + 1
+        if times < _FIRST:
+            return None
+        graphs = {problem: d for problem, d in derivatives.items() if isinstance(d, GraphDerivatives)}
+        try:
+            if len(graphs) < len(derivatives):
+                raise _UnsuitableError("a problem runs by plain autograd")
+            if any(d.is_random for d in graphs.values()):
+                raise _UnsuitableError("a loss draws random numbers")
+            made = NativeStep(self._plan, self._layouts, name, graphs, batches)
+        except (_UnsuitableError, RuntimeError) as error:
+            logger.info("steps of problem %r are made one part after the other: %s", name, error)
+            self._known[key] = _NO_TENSOR
+            return None
+        self._known[key] = made
+        return made
+
+
+def _register(value: _Value) -> int:
+    if value.register == _NO_TENSOR:
+        raise _UnsuitableError("a result is no tensor")
+    return value.register
+
+
+def _bound(compiled: Compiled, arguments: Sequence[Any]) -> Any:
+    bound = compiled.native_call(arguments)
+    if bound is None:
+        raise _UnsuitableError(f"a graph runs by the backend {compiled.lowering.backend!r}")
+    return bound
+
+
+def _solution(instruction: Solve, values: Sequence[torch.Tensor]) -> Solution:
+    if isinstance(instruction.estimator, Neumann):
+        term, b = values
+        return neumann_solution(b, term, term, instruction.estimator.num_terms)
+    state, scale = values
+    return cg_solution(state, state, scale)
+
+
+def _sizes(batch: Batch) -> object:
+    return tuple([t.shape for t in batch.tensors])
