@@ -71,7 +71,8 @@ def flatten_batch(problem: str, batch: Any, device: torch.device) -> tuple[list[
     constants: list[tuple[int, type, Any]] = []
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, torch.Tensor):
-            tensors.append(leaf if leaf.device == device else leaf.to(device, non_blocking=True))
+            # Nobody waits for a copy to the host before it is read.
+            tensors.append(leaf if leaf.device == device else leaf.to(device, non_blocking=device.type != "cpu"))
         elif isinstance(leaf, _PLAIN):
             constants.append((i, type(leaf), leaf))
         else:

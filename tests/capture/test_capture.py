@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mlopt
+from mlopt.capture import flatten_batch
 from mlopt.errors import ProblemError
 
 
@@ -267,3 +268,19 @@ def test_tensor_attribute_is_read_live():
     first = plan.step()["p"]["loss"]
     problem.scale.fill_(4.0)
     torch.testing.assert_close(plan.step()["p"]["loss"], 4 * first)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
+def test_a_batch_is_copied_to_a_gpu_without_waiting_and_from_one_with(device, waits):
+    """Who reads it on the host would not wait."""
+    asked = []
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+        def to(self, *args, **kwargs):
+            asked.append((args, kwargs))
+            return self
+
+    flatten_batch("p", (torch.zeros(2).as_subclass(Elsewhere),), torch.device(device))
+    assert asked == [((torch.device(device),), {"non_blocking": not waits})]

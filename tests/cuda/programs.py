@@ -19,13 +19,15 @@ GPU = [pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def moved(problems, device):
-    """Move modules, data that is a list, and loose tensors of problems; optimizers keep their parameters."""
+    """Move modules, optimizers, data that is a list, and loose tensors of problems; parameters stay the objects they are."""
 
     def move(value):
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     for problem in problems:
         problem.module.to(device)
+        for parameter, state in problem.optimizer.state.items():  # some make it when they are made
+            state |= {k: v.to(device) for k, v in state.items() if getattr(v, "shape", None) == parameter.shape}
         for key, value in vars(problem).items():
             if isinstance(value, torch.Tensor | dict) and key != "env":
                 setattr(problem, key, tree_map(move, value))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mlopt
 from mlopt.backends import inductor
+from mlopt.capture import flatten_batch
 from mlopt.errors import ProblemError, StateError
 from tests.cuda.programs import (
     DEVICES,
@@ -150,6 +151,15 @@ def test_a_list_of_batches_on_the_host(device):
     plan.graph.problems["upper"].data[0][0].mul_(2)
     after = plan.hypergradient("upper", batch=plan.graph.problems["upper"].data[0])["value"]
     assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("device", GPU)
+def test_batches_on_the_gpu_for_a_problem_on_the_host(device):
+    """They are there when they are read."""
+    x = torch.randn(1 << 22, 2, dtype=torch.float64, device=device)
+    for _ in range(5):
+        (got,), _ = flatten_batch("alone", (x.add_(1),), torch.device("cpu"))
+        assert torch.equal(got, x.cpu())
 
 
 @pytest.mark.parametrize("device", GPU)
