@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import GraphDerivatives
 from mlopt.runtime.rng import frozen_random_state, get_random_state
 from mlopt.runtime.steps import CompiledStep
-from mlopt.runtime.verify import tolerance_of
+from mlopt.runtime.verify import TOLERANCES, tolerance_of
 
 _ROUNDINGS = 10  # of the parameter itself: a new value is a rounded sum
 
@@ -101,6 +102,8 @@ class _Twin:
         self._layout = layout
         self.update = update.of(self._optimizer, self.copies)
         self.tolerance = tolerance_of(problem, layout)
+        if any(map(_computes_with_tensors, problem.optimizer.param_groups)):
+            self.tolerance = max(self.tolerance, TOLERANCES[torch.float32])
 
     def find_disagreement(self, outputs: Sequence[torch.Tensor]) -> str | None:
         """Make the step and compare; `outputs` are new values in the order of ``update.outputs``."""
@@ -117,6 +120,11 @@ class _Twin:
             if not difference <= self.tolerance * move + floor and bool(expected.isfinite().all()):
                 return f"{x}: it differs by {difference:.2e}, and moved by {move:.2e} (tolerance {self.tolerance:.0e})"
         return None
+
+
+def _computes_with_tensors(group: Mapping[str, Any]) -> bool:
+    """Whether an optimizer takes powers of counters, and products of settings, as float32 tensors; a graph does not."""
+    return bool(group.get("capturable")) or any(isinstance(v, torch.Tensor) for k, v in group.items() if k != "params")
 
 
 def _find_several_disagreement(step: CompiledStep, update: UpdateGraph, batch: Batch, tolerance: float) -> str | None:

@@ -19,7 +19,7 @@ GPU = [pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def moved(problems, device):
-    """Move modules, optimizers, data that is a list, and loose tensors of problems; parameters stay the objects they are."""
+    """Move modules, optimizers, data that is a list, and loose tensors of problems; parameters stay who they are."""
 
     def move(value):
         return value.to(device) if isinstance(value, torch.Tensor) else value

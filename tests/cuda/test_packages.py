@@ -52,7 +52,8 @@ def adam(capturable):
     return lambda device: {"optimizer": torch.optim.Adam, "capturable": capturable and device == "cuda"}
 
 
-# name -> (options on a device, whether its steps can be recorded on a GPU)
+# name -> (options on a device, whether its steps can be recorded on a GPU). With a counter on the device, torch's Adam
+# computes its first step, which is never compiled, in float32.
 STEPPED = {
     "sgd": (lambda device: {"optimizer": torch.optim.SGD, "momentum": 0.9}, True),
     "sgd, scheduled": (lambda device: {"optimizer": torch.optim.SGD, "momentum": 0.9, "scheduler": halving}, False),
@@ -73,8 +74,8 @@ def test_loops_of_steps(name, graphs, device, packages, recorded, monkeypatch):
     expected = train(compiled(alone(**options("cpu")), verify=False), STEPS)
     plan = packages_of(alone(**options(device)), device, packages)
     recorded.clear()
-    got = train(plan, STEPS)
-    assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    got, exact = train(plan, STEPS), not {"capturable", "fused"} & {k for k, v in options("cuda").items() if v}
+    assert_close(got, expected, rtol=1e-9 if exact else 1e-4, atol=1e-11 if exact else 1e-6)
     assert recorded == [True] * (can_be and graphs == "recorded" and device == "cuda")
     assert ops.recorder_for(torch.device(device)) is None or device == "cuda"
 

@@ -489,3 +489,10 @@ def test_means_are_over_every_step_of_a_native_loop(monkeypatch):
         means = [sum(float(r[name]) for r in results) / 20 for results in expected]
         torch.testing.assert_close([m for _, m in history[f"net.{name}"]], means, rtol=1e-12, atol=0)
     assert history["net.share"] == [(20, 0.5), (40, 0.5)] and "net.vector" not in history
+
+
+def test_settings_in_float32_are_no_disagreement(monkeypatch):
+    """With a tensor for its rate, Adam computes a step of float64 parameters in part in float32; the graph does not."""
+    made = problem(lambda net: torch.optim.Adam(net.parameters(), lr=torch.tensor(0.02)))
+    plan = compiled(made, GraphBackend(), monkeypatch)  # strict: a disagreement is an error
+    assert plan._report.graphs["net"][0].step.is_used()
