@@ -30,7 +30,8 @@ void bind_runtime(py::module& m) {
   });
 
   py::class_<Package, std::shared_ptr<Package>>(m, "Package")
-      .def(py::init<const std::string&, std::vector<at::ScalarType>>(), py::call_guard<py::gil_scoped_release>());
+      .def(py::init<const std::string&, std::vector<at::ScalarType>, std::vector<at::Device>>(),
+           py::call_guard<py::gil_scoped_release>());
 
   py::class_<LinearOperator, std::shared_ptr<LinearOperator>>(m, "LinearOperator")
       .def("apply", &LinearOperator::apply, py::call_guard<py::gil_scoped_release>())
@@ -76,7 +77,7 @@ void bind_runtime(py::module& m) {
             return steps.run(batches, order, numbers, leap, times, std::move(fed_before), recorder);
           },
           py::call_guard<py::gil_scoped_release>());
-  py::class_<GlmSteps>(m, "GlmSteps")
+  py::class_<GlmSteps, std::shared_ptr<GlmSteps>>(m, "GlmSteps")
       .def(py::init<const std::string&, const at::Tensor&, int64_t, bool, int64_t>())
       .def("run", &GlmSteps::run, py::call_guard<py::gil_scoped_release>());
 
@@ -86,6 +87,7 @@ void bind_runtime(py::module& m) {
       .def("add_call", &Program::add_call)
       .def("add_cg", &Program::add_cg)
       .def("add_neumann", &Program::add_neumann)
+      .def("add_descent", &Program::add_descent)
       .def("add_sum", &Program::add_sum)
       .def("write", &Program::write)
       .def(

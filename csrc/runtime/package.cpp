@@ -8,15 +8,29 @@
 #include "workspace.h"
 
 namespace mlopt {
+namespace {
+
+at::DeviceIndex index_of(const std::vector<at::Device>& devices) {
+  for (const at::Device& device : devices)
+    if (!device.is_cpu()) return device.index();
+  return -1;
+}
+
+}  // namespace
 
 // run_single_threaded: a plan makes one call at a time, so the loader's own locks have nothing to protect.
-Package::Package(const std::string& path, std::vector<at::ScalarType> dtypes)
-    : dtypes_(std::move(dtypes)), loader_(path, "model", /*run_single_threaded=*/true) {}
+Package::Package(const std::string& path, std::vector<at::ScalarType> dtypes, std::vector<at::Device> devices)
+    : dtypes_(std::move(dtypes)),
+      devices_(std::move(devices)),
+      loader_(path, "model", /*run_single_threaded=*/true, /*num_runners=*/1, index_of(devices_)) {}
 
 at::Tensor Package::fit(size_t k, const at::Tensor& input, const Layout& layout) const {
   TORCH_CHECK(input.scalar_type() == dtypes_[k] && input.sizes() == at::IntArrayRef(layout.sizes), "package: input ", k,
               " is ", input.scalar_type(), " of shape ", input.sizes(), ", expected ", dtypes_[k], " of shape ",
               at::IntArrayRef(layout.sizes));
+  const at::Device& device = devices_[k];
+  TORCH_CHECK(input.device() == device || (!device.has_index() && input.device().type() == device.type()),
+              "package: input ", k, " is on ", input.device(), ", expected ", device);
   bool same = true;
   for (size_t d = 0; d < layout.sizes.size(); ++d)
     same = same && (layout.sizes[d] == 1 || input.stride(static_cast<int64_t>(d)) == layout.strides[d]);

@@ -24,11 +24,13 @@ struct Layout {
 
 class Package {
  public:
-  Package(const std::string& path, std::vector<at::ScalarType> dtypes);
+  // dtypes, devices: of the inputs. The package is loaded onto the first device that is no CPU.
+  Package(const std::string& path, std::vector<at::ScalarType> dtypes, std::vector<at::Device> devices);
 
   size_t num_inputs() const { return dtypes_.size(); }
 
-  // Throws unless the input is of the layout's size and the right dtype; returns it in the layout's strides.
+  // Throws unless the input is of the layout's size and the right dtype, on the right device; returns it in the
+  // layout's strides.
   at::Tensor fit(size_t k, const at::Tensor& input, const Layout& layout) const;
 
   // Inputs must be as `fit` returns them. Builds no autograd graph. Call it without the GIL.
@@ -36,6 +38,7 @@ class Package {
 
  private:
   std::vector<at::ScalarType> dtypes_;
+  std::vector<at::Device> devices_;
   torch::inductor::AOTIModelPackageLoader loader_;
 };
 

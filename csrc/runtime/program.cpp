@@ -7,6 +7,7 @@
 
 #include <utility>
 
+#include "../glm/glm_steps.h"
 #include "signals.h"
 #include "solvers.h"
 #include "workspace.h"
@@ -106,6 +107,28 @@ std::vector<Program::Register> Program::add_neumann(const BoundCall& call, const
     registers[term] = std::move(last);
   });
   return {sum, term};
+}
+
+std::vector<Program::Register> Program::add_descent(std::shared_ptr<const GlmSteps> steps,
+                                                    const std::vector<Register>& tables,
+                                                    const std::vector<Register>& present, int64_t num_steps) {
+  TORCH_CHECK(tables.size() == 5, "program: expected 5 tables, got ", tables.size());
+  for (Register value : tables) check(value);
+  std::vector<Register> changed;
+  for (Register value : present) {
+    check(value);
+    changed.push_back(next());
+  }
+  operations_.push_back([=](Registers& registers, pybind11::handle) {
+    TORCH_CHECK(registers[tables[4]].item<bool>(), "program: the steps are not what they were found to be");
+    std::vector<at::Tensor> values;
+    for (Register value : present) values.push_back(registers[value]);
+    StepsResult made = steps->run(registers[tables[0]], registers[tables[1]], registers[tables[2]],
+                                  registers[tables[3]], values, num_steps);
+    if (made.error) std::rethrow_exception(made.error);
+    for (size_t k = 0; k < changed.size(); ++k) registers[changed[k]] = std::move(made.fed[k]);
+  });
+  return changed;
 }
 
 Program::Register Program::add_sum(Register base, double sign, Register a) {

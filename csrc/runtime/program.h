@@ -1,9 +1,9 @@
-// `Program`: a problem's whole step above others, without Python between its parts.
+// `Program`: a whole step of a problem, or several, without Python between their parts.
 //
 // A program is a list of operations on registers, each of which holds a tensor: calls of packages, solves, sums, and at
 // the end the writes of new values into the caller's tensors. It is put together in Python, which has made the same
-// step by itself before: see mlopt/runtime/native_step.py. Nothing of the caller's is written before all else is done,
-// so an error or Ctrl-C on the way leaves everything as it was.
+// step by itself before: see mlopt/runtime/native_step.py and step_program.py. Nothing of the caller's is written
+// before all else is done, so an error or Ctrl-C on the way leaves everything as it was.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,6 +17,8 @@
 #include "package.h"
 
 namespace mlopt {
+
+class GlmSteps;
 
 // A package with the sizes it is called for: which argument each input is, or the fixed tensor that it is.
 struct BoundCall {
@@ -49,6 +51,11 @@ class Program {
   // A Neumann series likewise. Returns the registers of the sum times the scale, and of its last term.
   std::vector<Register> add_neumann(const BoundCall& call, const std::vector<Register>& arguments, size_t hole,
                                     Register b, int64_t num_terms, double scale);
+
+  // Steps of descent on a linear model; tables: see `GlmSteps::run`, and whether they hold. Returns the registers of
+  // the new values of `present`.
+  std::vector<Register> add_descent(std::shared_ptr<const GlmSteps> steps, const std::vector<Register>& tables,
+                                    const std::vector<Register>& present, int64_t num_steps);
 
   // sign * a, or base + sign * a.
   Register add_sum(Register base, double sign, Register a);

@@ -13,7 +13,7 @@ from mlopt.backends.eager import EagerBackend
 from mlopt.backends.inductor import InductorBackend
 from mlopt.backends.inductor.cache import machine
 from mlopt.backends.native import NativeBackend
-from mlopt.backends.steps import FEWEST_STEPS, Descent, Leap, StepsLoop, StepsOutcome
+from mlopt.backends.steps import FEWEST_STEPS, Descent, Leap, NativeDescent, StepsLoop, StepsOutcome
 from mlopt.errors import BackendWarning
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Leap",
     "Lowering",
     "NativeBackend",
+    "NativeDescent",
     "StepsLoop",
     "StepsOutcome",
     "background_backend",

@@ -50,12 +50,30 @@ class Leap:
     times: int
 
 
+@dataclasses.dataclass(frozen=True)
+class NativeDescent:
+    """The parts of a `Descent`, for a native program.
+
+    Attributes:
+        tables: The graph of what all steps have in common: x, scales, targets, coefficients, and whether they hold.
+        steps: ``mlopt._C.GlmSteps``.
+        order: For each tensor that the steps change, which pair of the feedback it is.
+    """
+
+    tables: Compiled
+    steps: Any
+    order: Sequence[int]
+
+
 class Descent(Protocol):
     """Makes many calls of a graph, where batch and numbers stay the same, in a way of its own."""
 
     @property
     def lowering(self) -> Lowering:
         """What is reported of it."""
+
+    def native(self, num_steps: int, device: torch.device) -> NativeDescent | None:
+        """Return its parts, if so many steps on a device are known to be made faster by it."""
 
     def make(
         self, arguments: Sequence[Any], feedback: Sequence[tuple[int, int]], num_steps: int

@@ -38,6 +38,7 @@ class LoweredUpdate:
         self._watch: OptimizerWatch | None = None  # from the last `accepts` that said yes
         self._targets: list[torch.Tensor | None] | None = None  # as long as the watch sees no change
         self._state: dict[int, torch.Tensor] = {}  # likewise, by the id of an input: hashing one takes longer
+        self._numbers: dict[int, tuple[float, torch.Tensor]] = {}  # likewise; the last value and its tensor
 
     def is_used(self) -> bool:
         """Whether it is machine code; a graph that runs by torch calls gains nothing over ``optimizer.step()``."""
@@ -67,11 +68,25 @@ class LoweredUpdate:
             found = self._state[id(x)] = self._update.live(x)
         return found
 
+    def _setting(self, x: UpdateValue, update: UpdateGraph) -> torch.Tensor:
+        if x.role is not UpdateRole.HYPERPARAMETER or x.number is None:
+            return self._live(x) if update is self._update else update.live(x)
+        value = update.number(x)
+        known = self._numbers.get(id(x))
+        if known is None or known[0] != value:
+            known = self._numbers[id(x)] = value, update.live(x)
+        return known[1]
+
     def targets(self) -> list[torch.Tensor | None]:
         """Return what new values are written into: see `UpdateGraph.targets`."""
         if self._targets is None:
             self._targets = self._update.targets()
         return self._targets
+
+    def written(self) -> None:
+        """Do what is left to do where somebody else has written the new values into `targets`."""
+        self._update.store_constants()
+        self._forget_gradients()
 
     def _commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
         self._update.commit(results, also, self.targets())
@@ -93,7 +108,6 @@ class CompiledUpdate(LoweredUpdate):
     def __init__(self, graph: TotalUpdateGraph, call: Compiled) -> None:
         super().__init__(graph.update, call)
         self.graph = graph
-        self._numbers: dict[int, tuple[float, torch.Tensor]] = {}
 
     def compute(
         self,
@@ -133,17 +147,3 @@ class CompiledUpdate(LoweredUpdate):
             *[live[name] for name in graph.parameters],
             *[self._setting(x, self._update) for x in graph.settings],
         ]
-
-    def written(self) -> None:
-        """Do what is left to do where somebody else has written the new values into `targets`."""
-        self._update.store_constants()
-        self._forget_gradients()
-
-    def _setting(self, x: UpdateValue, update: UpdateGraph) -> torch.Tensor:
-        if x.role is not UpdateRole.HYPERPARAMETER or x.number is None:
-            return self._live(x) if update is self._update else update.live(x)
-        value = update.number(x)
-        known = self._numbers.get(id(x))
-        if known is None or known[0] != value:
-            known = self._numbers[id(x)] = value, update.live(x)
-        return known[1]

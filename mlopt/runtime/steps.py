@@ -7,6 +7,7 @@ half of a step behind.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +19,13 @@ from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch, distinct
 from mlopt.runtime.finite import all_finite
 from mlopt.runtime.lowered_update import LoweredUpdate
+from mlopt.runtime.step_program import StepProgram
 
 _CHECKED = 4  # steps that are compared
+_FIRST = 2  # how often steps are made before a program is put together for as many
+_MOST_PROGRAMS = 16  # of different numbers of steps and sizes of batches
+
+logger = logging.getLogger(__name__)
 
 
 class CompiledStep(LoweredUpdate):
@@ -70,6 +76,8 @@ class CompiledStep(LoweredUpdate):
         self._read = [None if i in self._scheduled else x for i, x in enumerate(graph.settings)]
         self._unset = torch.zeros((), dtype=torch.float64)
         self._constant: tuple[tuple[float, ...], torch.Tensor] | None = None
+        self._is_random = draws
+        self._programs: dict[tuple[object, ...], StepProgram | int] = {}  # or how often it was asked for
 
     @property
     def can_repeat(self) -> bool:
@@ -143,6 +151,10 @@ class CompiledStep(LoweredUpdate):
             keep_results: Keep loss and metrics of every step, not of the last alone: see `kept_metrics`.
         """
         kinds, order = distinct(batches)
+        if not (finite_only or keep_results or self._is_random) and len(kinds) == 1:
+            outcome = self._run_program(kinds[0], schedule)
+            if outcome is not None:
+                return outcome
         numbers = self._rows(schedule)
         # The scheduled numbers come from the rows.
         settings = [self._live(x) if x else self._unset for x in self._read]
@@ -154,6 +166,67 @@ class CompiledStep(LoweredUpdate):
         if outcome.num_steps:
             self._write(outcome.fed)
         return outcome
+
+    def _run_program(self, batch: Batch, schedule: Sequence[Sequence[float]]) -> StepsOutcome | None:
+        """Make the steps by a native program; None if they are to be made in the usual way, and nothing was written."""
+        count = len(schedule)
+        if schedule.count(schedule[0]) != count:
+            return None
+        arguments = [*self._loss.bind(batch.tensors), *(self._setting(x, self._update) for x in self.graph.settings)]
+        for position, value in zip(self._scheduled, schedule[0], strict=True):
+            known = self._numbers.get(id(self.graph.settings[position]))
+            if known is None or known[0] != value:  # it is that of a later step
+                return None
+        key = (count, *(t.shape for t in batch.tensors))
+        program = self._programs.get(key, 0)
+        targets = [*self.targets(), *(self._loss.live(i) for i in self.graph.written_buffers)]
+        if isinstance(program, StepProgram) and not program.writes_into(targets):
+            program = 0
+        if isinstance(program, int):
+            if program < 0 or (made := self._make_program(key, program, arguments, targets)) is None:
+                return None
+            program = made
+        try:
+            outputs = program.run(arguments)
+        except RuntimeError as error:
+            logger.info("steps of problem %r are made in the usual way: %s", self._loss.problem, error)
+            self._programs[key] = -1
+            return None
+        except BaseException as error:  # Ctrl-C
+            return StepsOutcome(0, [], None, (), error)
+        self.written()
+        return StepsOutcome(count, [], outputs, (), None)
+
+    def _make_program(
+        self,
+        key: tuple[object, ...],
+        times: int,
+        arguments: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor | None],
+    ) -> StepProgram | None:
+        """Count steps; return their program when the time has come."""
+        if key not in self._programs and len(self._programs) >= _MOST_PROGRAMS:
+            self._programs.clear()
+        self._programs[key] = times + 1
+        count = int(key[0])  # type: ignore[call-overload]
+        descent = None
+        if count > 1:
+            device = arguments[0].device
+            native = None if self.descent is None else self.descent.native(count - 1, device)
+            if native is None:
+                return None  # it may become known that a kernel is faster
+            descent = (native, count - 1)
+        if times < _FIRST:
+            return None
+        num_results = 1 + self.graph.num_metrics
+        try:
+            program = StepProgram(self.call, self.graph.feedback, targets, num_results, arguments, descent)
+        except (ValueError, RuntimeError) as error:
+            logger.info("steps of problem %r are made in the usual way: %s", self._loss.problem, error)
+            self._programs[key] = -1
+            return None
+        self._programs[key] = program
+        return program
 
     def metrics(self, outputs: Sequence[Any]) -> dict[str, Any]:
         """Return loss and metrics of a step, as the user named them."""

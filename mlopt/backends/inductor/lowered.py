@@ -52,7 +52,7 @@ class LoweredGraph:
         self._refused: set[tuple[int, ...]] = set()
         self._failed = False
         self.native = extension.Call(
-            extension.Package(str(entry.path), [x.dtype for x in spec.inputs]),
+            extension.Package(str(entry.path), [x.dtype for x in spec.inputs], [x.device for x in spec.inputs]),
             plan.num_arguments,
             [(b.argument, -1 if b.dim is None else b.dim, b.factor) for b in plan.bindings],
             list(plan.arguments),

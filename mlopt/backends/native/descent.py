@@ -14,7 +14,7 @@ from mlopt import ops
 from mlopt.backends.base import Compiled, Lowering
 from mlopt.backends.measure import device_of
 from mlopt.backends.native.choice import Choice
-from mlopt.backends.steps import FEWEST_STEPS, StepsOutcome, error_of
+from mlopt.backends.steps import FEWEST_STEPS, NativeDescent, StepsOutcome, error_of
 from mlopt.passes import GlmDescentStructure
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,12 @@ class GlmDescent:
             figures or "not measured yet",
         ]
         return Lowering("glm kernel", "; ".join(parts))
+
+    def native(self, num_steps: int, device: torch.device) -> NativeDescent | None:
+        """See `Descent`."""
+        if self._failed or self._choice.first is not True or num_steps < FEWEST_STEPS:
+            return None
+        return NativeDescent(self._tables, self._on(device), self._order)
 
     def run(
         self,
