@@ -96,6 +96,8 @@ class Compiler:
         self.program: ExecutionPlan | None = None
         self.report = CompileReport(backend.name, self.layouts)
         self._known: dict[tuple[object, ...], AbstractDerivatives] = {}
+        # The last batch of each problem, what was seen then, and what it led to: a key takes longer to hash.
+        self._last: dict[str, tuple[Batch, tuple[bool, ...], tuple[object, ...], AbstractDerivatives]] = {}
         self._attributes: dict[str, tuple[ReadAttribute, ...]] = {}  # plain values that are constants of the graphs
         self._num_changes: collections.Counter[str] = collections.Counter()  # captures because such a value changed
         self._only_batches: dict[str, tuple[Any, ...]] = {}  # signatures, of problems whose batches are of one size
@@ -144,11 +146,17 @@ class Compiler:
             batch: The batch.
             checked: No code of the user's has run since the last call, so modules need not be looked at again.
         """
-        key = self._key(name, batch, checked=checked)
+        modes, values = self._seen(name, checked=checked)
+        last = self._last.get(name)
+        if last is not None and last[0] is batch and last[1] == modes and last[2] == values:
+            return last[3]
+        key = (name, modes, values, *batch.signature())
         known = self._known.get(key)
         if known is None:
             known = self._reuse(key, batch) or self._build(name, batch)
             self._known[self._key(name, batch)] = known  # a capture may have found other values to look at
+        else:
+            self._last[name] = (batch, modes, values, known)
         return known
 
     def warm_up(self, latest: Callable[[str], Batch]) -> WarmUp | None:
@@ -225,9 +233,13 @@ class Compiler:
         warnings.warn(f"{message}; they go on running eagerly", VerificationWarning, stacklevel=5)
         return False
 
-    def _key(self, name: str, batch: Batch, *, checked: bool = False) -> tuple[object, ...]:
+    def _seen(self, name: str, *, checked: bool) -> tuple[tuple[bool, ...], tuple[object, ...]]:
+        """Return the training modes, and the plain values that the loss has read, as they are now."""
         values = tuple([a.current() for a in self._attributes.get(name, ())])
-        return (name, self.guard.last if checked else self.guard.modes(), values, *batch.signature())
+        return self.guard.last if checked else self.guard.modes(), values
+
+    def _key(self, name: str, batch: Batch) -> tuple[object, ...]:
+        return (name, *self._seen(name, checked=False), *batch.signature())
 
     def _reuse(self, key: tuple[Any, ...], batch: Batch) -> AbstractDerivatives | None:
         kind = _kind(key)
@@ -347,6 +359,7 @@ class Compiler:
         self.losses[name] = island = self._island(name, batch, reason, None)
         self._attributes[name] = ()
         self._known = {key: known for key, known in self._known.items() if key[0] != name}
+        self._last.pop(name, None)
         return island
 
     def _island(self, name: str, batch: Batch, reason: str, error: CaptureError | None) -> Island:

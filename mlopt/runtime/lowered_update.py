@@ -38,7 +38,8 @@ class LoweredUpdate:
         self._watch: OptimizerWatch | None = None  # from the last `accepts` that said yes
         self._targets: list[torch.Tensor | None] | None = None  # as long as the watch sees no change
         self._state: dict[int, torch.Tensor] = {}  # likewise, by the id of an input: hashing one takes longer
-        self._numbers: dict[int, tuple[float, torch.Tensor]] = {}  # likewise; the last value and its tensor
+        self._numbers: dict[int, tuple[float, torch.Tensor]] = {}  # the last value of an input, and its tensor
+        self._settings: list[torch.Tensor] | None = None  # as long as all of them are the same objects
 
     def is_used(self) -> bool:
         """Whether it is machine code; a graph that runs by torch calls gains nothing over ``optimizer.step()``."""
@@ -46,9 +47,13 @@ class LoweredUpdate:
 
     def accepts(self) -> bool:
         """Whether it is the step that the live optimizer would make now; cheap where nothing was changed."""
-        if self._watch is not None and self._watch.is_unchanged():
-            return True
-        self._targets = None
+        if self._watch is not None:
+            if self._watch.is_identical():
+                return True
+            self._settings = None  # numbers may have changed
+            if self._watch.is_unchanged():
+                return True
+        self._settings = self._targets = None
         self._state.clear()
         accepted = self._update.is_free() and self._update.accepts()
         self._watch = self._update.watch() if accepted else None
@@ -76,6 +81,19 @@ class LoweredUpdate:
         if known is None or known[0] != value:
             known = self._numbers[id(x)] = value, update.live(x)
         return known[1]
+
+    def settings_now(self, inputs: Sequence[UpdateValue]) -> list[torch.Tensor]:
+        """Return the present values of the inputs of the graph that are state and numbers.
+
+        Args:
+            inputs: These inputs; the same in every call.
+        """
+        found = self._settings
+        if found is None:
+            found = [self._setting(x, self._update) for x in inputs]
+            if self._watch is not None:
+                self._settings = found
+        return found
 
     def targets(self) -> list[torch.Tensor | None]:
         """Return what new values are written into: see `UpdateGraph.targets`."""
@@ -145,5 +163,5 @@ class CompiledUpdate(LoweredUpdate):
         graph, live = self.graph, self._update.parameters
         return [
             *[live[name] for name in graph.parameters],
-            *[self._setting(x, self._update) for x in graph.settings],
+            *self.settings_now(graph.settings),
         ]

@@ -172,7 +172,7 @@ class CompiledStep(LoweredUpdate):
         count = len(schedule)
         if schedule.count(schedule[0]) != count:
             return None
-        arguments = [*self._loss.bind(batch.tensors), *(self._setting(x, self._update) for x in self.graph.settings)]
+        arguments = [*self._loss.bind(batch.tensors), *self.settings_now(self.graph.settings)]
         for position, value in zip(self._scheduled, schedule[0], strict=True):
             known = self._numbers.get(id(self.graph.settings[position]))
             if known is None or known[0] != value:  # it is that of a later step
