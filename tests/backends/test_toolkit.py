@@ -43,7 +43,11 @@ def test_what_the_user_has_set_stays(machine, monkeypatch):
     assert toolkit.variables(machine) == {"LIBRARY_PATH": f"{machine}:/opt/lib"}
 
 
-def test_nothing_is_found(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(toolkit, "_MAPS", tmp_path / "none")
+def test_without_nvcc(machine, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolkit.variables(machine) == {"LIBRARY_PATH": str(machine)}
+
+
+def test_without_a_driver(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(toolkit, "_MAPS", tmp_path / "none")
     assert toolkit.variables(machine) == {}

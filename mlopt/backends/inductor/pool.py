@@ -68,8 +68,7 @@ def compile_jobs(
         waiting.put(k)
     finished: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
     directory = tempfile.TemporaryDirectory()
-    on_gpu = any(x.device.type == "cuda" for job in jobs for x in job.spec.inputs)
-    variables = toolkit.variables(Path(directory.name)) if on_gpu else {}
+    variables = toolkit.variables(Path(directory.name))
     slots = [
         _Slot(jobs, waiting, finished, timeout, cancelled is not None, variables)
         for _ in range(min(num_processes(), len(jobs)))

@@ -17,19 +17,19 @@ _MAPS = Path("/proc/self/maps")
 
 
 def variables(directory: Path) -> dict[str, str]:
-    """Return environment variables by which a compiling process finds both.
+    """Return environment variables by which a compiling process finds both; none where this process uses no GPU.
 
     Args:
         directory: An empty one, for a link to the driver; lives as long as that process.
     """
-    found = {}
-    home = _home()
-    if home is not None and not any(os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")):
-        found["CUDA_HOME"] = str(home)
     driver = _driver()
-    if driver is not None:
-        (directory / "libcuda.so").symlink_to(driver)
-        found["LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
+    if driver is None:
+        return {}
+    (directory / "libcuda.so").symlink_to(driver)
+    found = {"LIBRARY_PATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))}
+    home = None if os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") else _home()
+    if home is not None:
+        found["CUDA_HOME"] = str(home)
     return found
 
 
