@@ -61,7 +61,8 @@ class BatchStream:
         is_list = type(problem.data) in (list, tuple) and problem.loaders() is None
         self._is_still = not problem.draws_batches and (problem.data is None or is_list)
         # A list of one batch has no position, unless somebody is told when it begins again.
-        self._is_alone = is_list and not problem.draws_batches and not problem.has_epoch_callback
+        may_be_alone = is_list and not problem.draws_batches and not problem.has_epoch_callback
+        self._list: Any = problem.data if may_be_alone else ()
         self._restarted = False  # since `take_restart`
         self._waiting: collections.deque[Batch] = collections.deque()
         self._entries: dict[int, tuple[Any, Batch]] = {}  # of data that is a list: by id, an entry and what it was made
@@ -104,8 +105,8 @@ class BatchStream:
 
         From data that is a list, which runs no code of the user's, the same entry is the same `Batch`.
         """
-        if self._is_alone and not self._waiting and self.has_one_batch:
-            return [self._flatten_entry(self._problem.data[0])] * count  # type: ignore[index]
+        if len(self._list) == 1 and not self._waiting:
+            return [self._flatten_entry(self._list[0])] * count
         made: dict[int, Batch] = {}
         while len(self._waiting) < count:
             passes = self._cycles[0].num_restarts if self._cycles else 0
@@ -136,7 +137,7 @@ class BatchStream:
 
     def advance(self, count: int) -> None:
         """Use up batches that `ahead` has returned."""
-        if self._is_alone and not self._waiting and self.has_one_batch:
+        if len(self._list) == 1 and not self._waiting:
             return
         if count == len(self._waiting):
             self._waiting.clear()
