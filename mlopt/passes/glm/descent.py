@@ -112,7 +112,7 @@ def find_descent(
         Its structure, or None where that was not found.
     """
     try:
-        return _find(_without_like(simplified(module)), feedback, states, examples)
+        return _find(_with_plain_mse(_without_like(simplified(module))), feedback, states, examples)
     except NoMatchError as reason:
         logger.debug("no descent on a linear model: %s", reason)
         return None
@@ -177,5 +177,22 @@ def _without_like(module: fx.GraphModule) -> fx.GraphModule:
                 )
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
+            module.graph.erase_node(node)
+    return module
+
+
+def _with_plain_mse(module: fx.GraphModule) -> fx.GraphModule:
+    """Write `mse_loss_backward` as products; in place. It may refuse constants of another dtype beside float64 rows."""
+    for node in list(module.graph.nodes):
+        if node.target is aten.mse_loss_backward.default:
+            grad, prediction, target, reduction = node.args
+            size = 2 / torch.Size(static_shape(prediction)).numel() if reduction == 1 else 2.0
+            with module.graph.inserting_before(node):
+                product = module.graph.call_function(aten.sub.Tensor, (prediction, target))
+                product.meta = dict(node.meta)
+                for factor in (size, grad):
+                    product = module.graph.call_function(aten.mul.Tensor, (product, factor))
+                    product.meta = dict(node.meta)
+            node.replace_all_uses_with(product)
             module.graph.erase_node(node)
     return module

@@ -50,7 +50,6 @@ _POLYNOMIAL = _LAYOUT | {
 _MULTILINEAR = {
     aten.sum.dim_IntList,
     aten.mean.dim,
-    aten.mse_loss_backward.default,
     aten.select.int,
     aten.slice.Tensor,
     aten.gather.default,  # by an index that is the same everywhere, like the masks below: see `_STEERING`
