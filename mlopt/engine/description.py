@@ -11,7 +11,7 @@ import torch
 
 from mlopt.runtime.plan import Plan
 
-_PACKAGES = ("mlopt", "torch", "numpy")
+_PACKAGES = ("mlopt", "numpy")
 _PLAIN = (
     *("unroll_steps", "warmup_steps", "gradient_accumulation", "roll_back", "tasks", "clip_norm"),
     *("normalize_gradient", "precision", "scheduler_metric"),
@@ -57,7 +57,7 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"torch": str(torch.__version__)}  # with the build, like +cu130; the metadata of PyPI's wheels leave it out
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
