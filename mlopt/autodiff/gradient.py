@@ -133,6 +133,7 @@ def gradient_graph_of(
 ) -> GradientGraph:
     """Make the graph of a trace of `first_order` that has been through the default passes; it may be changed."""
     written = _drop_unwritten_buffers(traced.module, loss.positions(InputRole.BUFFER))
+    _separate_results(traced.module, 1 + len(loss.metrics) + len(layouts[loss.problem].names))
     return GradientGraph(traced, layouts[loss.problem].names, tuple(cotangents), written)
 
 
@@ -225,3 +226,35 @@ def _drop_unwritten_buffers(module: fx.GraphModule, buffers: Sequence[int]) -> t
     module.graph.lint()
     module.recompile()
     return written
+
+
+def _separate_results(module: fx.GraphModule, num_results: int) -> None:
+    """Copy results that share memory with an input or a constant: what callers are given may outlive its value.
+
+    A loss may return a parameter as a metric, and the gradient of ``w * v`` is v.
+    """
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    values = list(output.args[0])
+    for k, node in enumerate(values[:num_results]):
+        if isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor) and _is_kept(node):
+            with module.graph.inserting_before(output):
+                # Plain clones are taken for copies that nobody needs.
+                copied = module.graph.call_function(
+                    torch.ops.aten.clone.default, (node,), {"memory_format": torch.preserve_format}
+                )
+            copied.meta = {**node.meta, "val": node.meta["val"].clone()}
+            values[k] = copied
+    output.args = (tuple(values),)
+    module.graph.lint()
+    module.recompile()
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a value is, or is a view of, a tensor that lives longer than a call."""
+    while isinstance(node.target, torch._ops.OpOverload):
+        returned = node.target._schema.returns
+        is_view = len(returned) == 1 and returned[0].alias_info is not None
+        if not (is_view or node.target is torch.ops.aten._unsafe_view.default):
+            return False
+        node = node.args[0]
+    return node.op in ("placeholder", "get_attr")

@@ -81,8 +81,9 @@ class AutogradDerivatives(AbstractDerivatives):
                 name: self._layouts[name].flatten([next(gradients) for _ in group]) for name, group in reads.items()
             }
             moved = [(live, now()) for live, now in buffers if not torch.equal(live, now())]
-        detached = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
-        return GradientResult(loss.detach().reshape(()), detached, own_gradients, cotangents, moved)
+        # Clones: the user may have returned a parameter, which is about to change.
+        kept = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        return GradientResult(loss.detach().reshape(()).clone(), kept, own_gradients, cotangents, moved)
 
     def reads(self, batch: Batch) -> dict[str, tuple[str, ...]]:
         """Return, for each problem, the names of its trained parameters that the loss has a gradient for."""

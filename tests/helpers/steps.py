@@ -77,14 +77,14 @@ def problem(optimizer, *, scheduler=None, net=None, data=None, **options):
     )
 
 
-def compiled(problems, backend, monkeypatch, **options):
+def compiled(problems, backend, monkeypatch, *, strict=True, **options):
     """Compile with a backend object, or by name."""
     problems = problems if isinstance(problems, list) else [problems]
     with monkeypatch.context() as patch:
         if not isinstance(backend, str):
             patch.setattr(sys.modules["mlopt.compile"], "get_backend", lambda *args, given=backend: given)
             backend = "eager"
-        return mlopt.compile(mlopt.Graph(problems), backend=backend, progress=False, strict=True, **options)
+        return mlopt.compile(mlopt.Graph(problems), backend=backend, progress=False, strict=strict, **options)
 
 
 def state_of(problem):
