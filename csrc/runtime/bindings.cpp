@@ -3,6 +3,7 @@
 // mlopt/runtime/native_step.py.
 #include "bindings.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -31,7 +32,8 @@ void bind_runtime(py::module& m) {
 
   py::class_<Package, std::shared_ptr<Package>>(m, "Package")
       .def(py::init<const std::string&, std::vector<at::ScalarType>, std::vector<at::Device>>(),
-           py::call_guard<py::gil_scoped_release>());
+           py::call_guard<py::gil_scoped_release>())
+      .def(py::init<Package::Body, std::vector<at::ScalarType>, std::vector<at::Device>>());
 
   py::class_<LinearOperator, std::shared_ptr<LinearOperator>>(m, "LinearOperator")
       .def("apply", &LinearOperator::apply, py::call_guard<py::gil_scoped_release>())
@@ -82,6 +84,9 @@ void bind_runtime(py::module& m) {
       .def("run", &GlmSteps::run, py::call_guard<py::gil_scoped_release>());
 
   py::class_<BoundCall>(m, "BoundCall");
+  py::class_<Program::Made>(m, "ProgramMade")
+      .def_readonly("values", &Program::Made::values)
+      .def("write", &Program::Made::write, py::call_guard<py::gil_scoped_release>());
   py::class_<Program>(m, "Program")
       .def(py::init<size_t>())
       .def("add_call", &Program::add_call)
@@ -121,6 +126,7 @@ void bind_runtime(py::module& m) {
       .def("results", &Call::results)
       .def("steps", &Call::steps)
       .def("bind", &Call::bind)
+      .def("give_up", [](const Call& call) { call.package()->give_up(); })
       // The call as a linear operator in argument `hole`; None where the sizes were not declared.
       .def("operator", [](Call& call, const py::sequence& arguments, int64_t hole) -> std::shared_ptr<LinearOperator> {
         TORCH_CHECK(call.returns_one_tensor(), "package: an operator returns one tensor");

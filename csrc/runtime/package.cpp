@@ -20,9 +20,15 @@ at::DeviceIndex index_of(const std::vector<at::Device>& devices) {
 
 // run_single_threaded: a plan makes one call at a time, so the loader's own locks have nothing to protect.
 Package::Package(const std::string& path, std::vector<at::ScalarType> dtypes, std::vector<at::Device> devices)
-    : dtypes_(std::move(dtypes)),
-      devices_(std::move(devices)),
-      loader_(path, "model", /*run_single_threaded=*/true, /*num_runners=*/1, index_of(devices_)) {}
+    : dtypes_(std::move(dtypes)), devices_(std::move(devices)) {
+  using Loader = torch::inductor::AOTIModelPackageLoader;
+  const auto loader =
+      std::make_shared<Loader>(path, "model", /*run_single_threaded=*/true, /*num_runners=*/1, index_of(devices_));
+  body_ = [loader](std::vector<at::Tensor> inputs) { return loader->boxed_run(std::move(inputs)); };
+}
+
+Package::Package(Body body, std::vector<at::ScalarType> dtypes, std::vector<at::Device> devices)
+    : dtypes_(std::move(dtypes)), devices_(std::move(devices)), body_(std::move(body)) {}
 
 at::Tensor Package::fit(size_t k, const at::Tensor& input, const Layout& layout) const {
   TORCH_CHECK(input.scalar_type() == dtypes_[k] && input.sizes() == at::IntArrayRef(layout.sizes), "package: input ", k,
@@ -44,9 +50,10 @@ at::Tensor Package::fit(size_t k, const at::Tensor& input, const Layout& layout)
 }
 
 std::vector<at::Tensor> Package::run(std::vector<at::Tensor> inputs) {
+  TORCH_CHECK(!given_up_, "package: it has failed before");
   const at::NoGradGuard no_grad;
   const WorkspaceScope scope;
-  return loader_.boxed_run(std::move(inputs));
+  return body_(std::move(inputs));
 }
 
 }  // namespace mlopt

@@ -10,6 +10,7 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,8 +25,13 @@ struct Layout {
 
 class Package {
  public:
+  using Body = std::function<std::vector<at::Tensor>(std::vector<at::Tensor>)>;
+
   // dtypes, devices: of the inputs. The package is loaded onto the first device that is no CPU.
   Package(const std::string& path, std::vector<at::ScalarType> dtypes, std::vector<at::Device> devices);
+
+  // A function in place of machine code, for tests of what is built on packages: compiling one takes seconds.
+  Package(Body body, std::vector<at::ScalarType> dtypes, std::vector<at::Device> devices);
 
   size_t num_inputs() const { return dtypes_.size(); }
 
@@ -36,10 +42,14 @@ class Package {
   // Inputs must be as `fit` returns them. Builds no autograd graph. Call it without the GIL.
   std::vector<at::Tensor> run(std::vector<at::Tensor> inputs);
 
+  // Makes every later run an error: whoever else holds the package is not to use it either.
+  void give_up() { given_up_ = true; }
+
  private:
   std::vector<at::ScalarType> dtypes_;
   std::vector<at::Device> devices_;
-  torch::inductor::AOTIModelPackageLoader loader_;
+  Body body_;
+  bool given_up_ = false;
 };
 
 }  // namespace mlopt

@@ -5,6 +5,7 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/mul.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "../glm/glm_steps.h"
@@ -42,6 +43,8 @@ size_t input_at(const BoundCall& call, size_t hole) {
     if (call.arguments[k] == static_cast<int64_t>(hole)) return k;
   TORCH_CHECK(false, "program: argument ", hole, " is not used");
 }
+
+const c10::StorageImpl* memory_of(const at::Tensor& tensor) { return tensor.storage().unsafeGetStorageImpl(); }
 
 }  // namespace
 
@@ -147,8 +150,13 @@ void Program::write(Register value, at::Tensor target) {
   targets_.push_back(std::move(target));
 }
 
-std::vector<at::Tensor> Program::run(std::vector<at::Tensor> given, const std::vector<Register>& wanted,
-                                     pybind11::handle recorder) const {
+void Program::Made::write() const {
+  const at::NoGradGuard no_grad;
+  if (!targets.empty()) at::_foreach_copy_(targets, written);
+}
+
+Program::Made Program::run(std::vector<at::Tensor> given, const std::vector<Register>& wanted,
+                           pybind11::handle recorder) const {
   TORCH_CHECK(given.size() == num_given_, "program: expected ", num_given_, " tensors, got ", given.size());
   for (Register value : wanted) check(value);
   const at::NoGradGuard no_grad;
@@ -160,19 +168,21 @@ std::vector<at::Tensor> Program::run(std::vector<at::Tensor> given, const std::v
     operation(registers, recorder);
     poll();
   }
-  std::vector<at::Tensor> values, results;
+  // A value may be one of the tensors that will be written, or share its memory: what is meant is what it is now.
+  std::vector<const c10::StorageImpl*> memories;
+  for (const at::Tensor& target : targets_) memories.push_back(memory_of(target));
+  std::sort(memories.begin(), memories.end());
+  const auto kept = [&](const at::Tensor& value) {
+    return std::binary_search(memories.begin(), memories.end(), memory_of(value)) ? value.clone() : value;
+  };
+  Made made;
+  made.targets = targets_;
+  for (Register value : wanted) made.values.push_back(kept(registers[value]));
   for (size_t k = 0; k < written_.size(); ++k) {
-    const at::Tensor& value = registers[written_[k]];
-    values.push_back(value.sizes() == targets_[k].sizes() ? value : value.reshape(targets_[k].sizes()));
+    const at::Tensor value = kept(registers[written_[k]]);
+    made.written.push_back(value.sizes() == targets_[k].sizes() ? value : value.reshape(targets_[k].sizes()));
   }
-  for (Register value : wanted) {
-    // A result may be one of the tensors that are about to be written: it is wanted as it was.
-    bool is_written = false;
-    for (const at::Tensor& target : targets_) is_written = is_written || registers[value].is_alias_of(target);
-    results.push_back(is_written ? registers[value].clone() : registers[value]);
-  }
-  if (!targets_.empty()) at::_foreach_copy_(targets_, values);
-  return results;
+  return made;
 }
 
 }  // namespace mlopt

@@ -1,9 +1,10 @@
 // `Program`: a whole step of a problem, or several, without Python between their parts.
 //
 // A program is a list of operations on registers, each of which holds a tensor: calls of packages, solves, sums, and at
-// the end the writes of new values into the caller's tensors. It is put together in Python, which has made the same
-// step by itself before: see mlopt/runtime/native_step.py and step_program.py. Nothing of the caller's is written
-// before all else is done, so an error or Ctrl-C on the way leaves everything as it was.
+// the end new values of the caller's tensors. It is put together in Python, which has made the same step by itself
+// before: see mlopt/runtime/native_step.py and step_program.py. A run writes nothing of the caller's, so an error or
+// Ctrl-C on the way leaves everything as it was; the new values are written when the caller, who may want to look
+// first, says so.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -37,6 +38,16 @@ class Program {
  public:
   using Register = int64_t;
 
+  // What a run came to.
+  struct Made {
+    std::vector<at::Tensor> values;  // of the registers that were wanted
+
+    // Writes the new values.
+    void write() const;
+
+    std::vector<at::Tensor> targets, written;
+  };
+
   // The first `num_given` registers are what `run` is given.
   explicit Program(size_t num_given) : num_registers_(num_given), num_given_(num_given) {}
 
@@ -60,13 +71,12 @@ class Program {
   // sign * a, or base + sign * a.
   Register add_sum(Register base, double sign, Register a);
 
-  // At the end, the register's value is written into a tensor of as many elements.
+  // The register's value is a new value of a tensor of as many elements.
   void write(Register value, at::Tensor target);
 
-  // Returns the values of some registers. recorder: of the solves, see repeated.h. What is wrong with a tensor that is
-  // given is thrown, and so is Ctrl-C: then nothing was written. Call it without the GIL.
-  std::vector<at::Tensor> run(std::vector<at::Tensor> given, const std::vector<Register>& wanted,
-                              pybind11::handle recorder) const;
+  // wanted: registers whose values are returned. recorder: of the solves, see repeated.h. What is wrong with a tensor
+  // that is given is thrown, and so is Ctrl-C. Call it without the GIL.
+  Made run(std::vector<at::Tensor> given, const std::vector<Register>& wanted, pybind11::handle recorder) const;
 
  private:
   using Registers = std::vector<at::Tensor>;

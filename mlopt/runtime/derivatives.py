@@ -154,6 +154,7 @@ class AbstractDerivatives(abc.ABC):
 
     is_random: bool
     runs_user_code: bool = True
+    backend: AbstractBackend | None = None  # what the graphs run by, where there are any
     step: CompiledStep | None = None  # the whole optimizer step, where there is a graph of it
     update: CompiledUpdate | None = None  # what follows the gradients, for a problem above others
 
@@ -279,6 +280,8 @@ class GraphDerivatives(AbstractDerivatives):
     """Derivatives by captured graphs, lowered by a backend."""
 
     runs_user_code = False
+
+    backend: AbstractBackend
 
     def __init__(self, graphs: DerivativeGraphs, backend: AbstractBackend) -> None:
         self.graphs = graphs

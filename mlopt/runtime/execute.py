@@ -240,9 +240,10 @@ class Executor:
         made = self._native.step(name, batches, self.derive)
         if made is None:
             return None
-        self.states[name].samples = (Sample(batches[name]),)
         for instruction, solution in made.solutions:
             self._report(name, instruction, solution.outcome)
+        self.states[name].samples = (Sample(batches[name]),)
+        made.write()
         mark_stepped(self.problems[name].optimizer)
         self._step_scheduler(name, made.results["loss"])
         return Made(made.results)

@@ -21,6 +21,7 @@ import torch
 from mlopt import ops
 from mlopt.autodiff import FlatLayout
 from mlopt.backends import Compiled
+from mlopt.capture import LossGraph
 from mlopt.hypergradient import CG, Neumann
 from mlopt.linalg import Solution
 from mlopt.linalg.solvers.cg import cg_check_every, cg_solution
@@ -64,10 +65,12 @@ class NativeOutcome:
     Attributes:
         results: Loss and metrics.
         solutions: For each solve.
+        write: Makes the update. Nothing is changed before.
     """
 
     results: dict[str, Any]
     solutions: list[tuple[Solve, Solution]]
+    write: Callable[[], None]
 
 
 class NativeStep:
@@ -95,18 +98,78 @@ class NativeStep:
         update = derivatives[name].update
         if update is None:
             raise _UnsuitableError("its update is not compiled")
-        self._layouts = layouts
         self._derivatives = derivatives  # alive as long as their ids stand for them
-        self._own, self._update = derivatives[name], update
+        self._device = layouts[name].device
+        self._update, self._targets = update, update.targets()
         self._losses = [derivatives[key].graphs.loss for key in batches]
-        self._targets = update.targets()
-        given = self._given(batches)
-        self._program = importlib.import_module("mlopt._C").Program(len(given))
-        values = iter([_Value(k, t) for k, t in enumerate(given)])
-        inputs = {key: [next(values) for _ in loss.inputs] for key, loss in zip(batches, self._losses, strict=True)}
+        built = _Builder(plan, name, derivatives, self._losses, self._given(batches), self._targets)
+        self._program, self._wanted, self._solved = built.program, built.wanted, built.solved
+
+    def is_right(self) -> bool:
+        """Whether the update would write into the same tensors."""
+        return all(map(operator.is_, self._update.targets(), self._targets))
+
+    def run(self, batches: Mapping[str, Batch]) -> NativeOutcome:
+        """Make the step, as far as nothing is changed.
+
+        Raises:
+            RuntimeError: A tensor is not what it was.
+        """
+        made = self._program.run(self._given(batches), self._wanted, ops.recorder_for(self._device))
+        values = made.values
+        end = 1 + len(self._losses[0].metrics)
+        results = {"loss": values[0], **self._losses[0].named_metrics(values[1:end])}
+        solutions = []
+        for solved in self._solved:
+            start, end = end, end + len(solved.registers)
+            solutions.append((solved.instruction, _solution(solved.instruction, values[start:end])))
+
+        def write() -> None:
+            made.write()
+            self._update.written()
+
+        return NativeOutcome(results, solutions, write)
+
+    def _given(self, batches: Mapping[str, Batch]) -> list[torch.Tensor]:
+        given: list[torch.Tensor] = []
+        for loss, batch in zip(self._losses, batches.values(), strict=True):
+            given += loss.bind(batch.tensors)
+        return given + self._update.given()
+
+
+class _Builder:
+    """Puts the program of a step together. What it keeps of the step that it makes for that dies with it.
+
+    Args:
+        plan: The instructions.
+        name: The problem.
+        derivatives: Of this problem and of those that its step linearizes.
+        losses: Their losses.
+        given: What the program is given: the inputs of each loss, then those of the update.
+        targets: What the update writes into.
+
+    Attributes:
+        program: The program.
+        wanted: The registers of the loss, the metrics, and what tells how each solve went.
+        solved: The solves.
+    """
+
+    def __init__(
+        self,
+        plan: ExecutionPlan,
+        name: str,
+        derivatives: Mapping[str, GraphDerivatives],
+        losses: Sequence[LossGraph],
+        given: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor | None],
+    ) -> None:
+        self.program = importlib.import_module("mlopt._C").Program(len(given))
+        self.solved: list[_Solved] = []
+        self._own = derivatives[name]
         self._slots: dict[str, _Value] = {}
         self._residuals: dict[str, list[_Value]] = {}
-        self._solved: list[_Solved] = []
+        values = iter([_Value(k, t) for k, t in enumerate(given)])
+        inputs = {loss.problem: [next(values) for _ in loss.inputs] for loss in losses}
         for instruction in plan[name].instructions:
             if isinstance(instruction, Gradient):
                 gradient = self._gradient(instruction, inputs[name])
@@ -120,43 +183,13 @@ class NativeStep:
             elif not isinstance(instruction, Update):
                 raise _UnsuitableError(f"{instruction}: no part of a native program")
         loss, metrics, own, buffers = gradient
-        self._write(own, list(values), buffers)
-        self._wanted = [loss, *metrics]
-        for solved in self._solved:
-            self._wanted += solved.registers
-        self._num_metrics = len(metrics)
-
-    def is_right(self) -> bool:
-        """Whether the update would write into the same tensors."""
-        return all(map(operator.is_, self._update.targets(), self._targets))
-
-    def run(self, batches: Mapping[str, Batch]) -> NativeOutcome:
-        """Make the step.
-
-        Raises:
-            RuntimeError: A tensor is not what it was; nothing was written.
-        """
-        device = self._layouts[self._losses[0].problem].device
-        values = self._program.run(self._given(batches), self._wanted, ops.recorder_for(device))
-        self._update.written()
-        end = 1 + self._num_metrics
-        results = {"loss": values[0], **self._losses[0].named_metrics(values[1:end])}
-        solutions = []
-        for solved in self._solved:
-            start, end = end, end + len(solved.registers)
-            solutions.append((solved.instruction, _solution(solved.instruction, values[start:end])))
-        return NativeOutcome(results, solutions)
-
-    def _given(self, batches: Mapping[str, Batch]) -> list[torch.Tensor]:
-        given: list[torch.Tensor] = []
-        for loss, batch in zip(self._losses, batches.values(), strict=True):
-            given += loss.bind(batch.tensors)
-        return given + self._update.given()
+        self._write(own, list(values), buffers, targets)
+        self.wanted = [loss, *metrics, *(register for solved in self.solved for register in solved.registers)]
 
     def _call(self, compiled: Compiled, arguments: Sequence[_Value]) -> list[_Value]:
         now = [value.then for value in arguments]
         outputs = compiled(*now)
-        registers = self._program.add_call(_bound(compiled, now), [value.register for value in arguments])
+        registers = self.program.add_call(_bound(compiled, now), [value.register for value in arguments])
         return [_Value(register, output) for register, output in zip(registers, outputs, strict=True)]
 
     def _gradient(
@@ -179,10 +212,13 @@ class NativeStep:
             return
         base = _NO_TENSOR if present is None else _register(present)
         then = sign * value.then if present is None else present.then + sign * value.then
-        self._slots[slot] = _Value(self._program.add_sum(base, sign, _register(value)), then)
+        self._slots[slot] = _Value(self.program.add_sum(base, sign, _register(value)), then)
 
     def _solve(self, instruction: Solve, derivatives: GraphDerivatives) -> None:
         estimator, rhs = instruction.estimator, self._slots[instruction.rhs]
+        is_cg = type(estimator) is CG and estimator.preconditioner is None and not estimator.warm_start
+        if not (is_cg or (type(estimator) is Neumann and estimator.uses_hvp)):
+            raise _UnsuitableError(f"{estimator!r} has no native loop")
         residuals, compiled = self._residuals[instruction.problem], derivatives.compiled("hvp")
         arguments = [*residuals, rhs]
         compiled.native_operator([*(value.then for value in residuals), None], len(residuals))  # it may measure first
@@ -190,15 +226,14 @@ class NativeStep:
             raise _UnsuitableError("its products are a kernel's")
         bound = _bound(compiled, [value.then for value in arguments])
         given = (bound, [value.register for value in arguments], len(residuals))
-        if type(estimator) is CG and estimator.preconditioner is None and not estimator.warm_start:
+        if isinstance(estimator, CG):
             settings = (estimator.damping, _register(rhs), estimator.rtol, estimator.max_steps)
-            registers = self._program.add_cg(*given, *settings, cg_check_every(rhs.then))
-        elif type(estimator) is Neumann:
-            registers = self._program.add_neumann(*given, _register(rhs), estimator.num_terms, estimator.scale)
-            registers = [*registers, _register(rhs)]
+            registers = self.program.add_cg(*given, *settings, cg_check_every(rhs.then))
         else:
-            raise _UnsuitableError(f"{estimator!r} has no native loop")
-        self._solved.append(_Solved(instruction, tuple(registers[1:])))
+            assert isinstance(estimator, Neumann)
+            registers = self.program.add_neumann(*given, _register(rhs), estimator.num_terms, estimator.scale)
+            registers = [*registers, _register(rhs)]
+        self.solved.append(_Solved(instruction, tuple(registers[1:])))
         self._slots[instruction.out] = _Value(registers[0], torch.zeros_like(rhs.then))
 
     def _mixed(self, instruction: MixedProduct, derivatives: GraphDerivatives) -> None:
@@ -210,18 +245,26 @@ class NativeStep:
         for key, slot in instruction.targets:
             self._add(slot, -1.0, by_problem[key])
 
-    def _write(self, own: list[_Value], given: list[_Value], buffers: list[tuple[torch.Tensor, int]]) -> None:
+    def _write(
+        self,
+        own: list[_Value],
+        given: list[_Value],
+        buffers: list[tuple[torch.Tensor, int]],
+        targets: Sequence[torch.Tensor | None],
+    ) -> None:
         """Make the update, whose inputs end in `given`, and write all that changes."""
-        graph = self._update.graph
+        update = self._own.update
+        assert update is not None
+        graph = update.graph
         parameters, settings = given[: len(graph.parameters)], given[len(graph.parameters) :]
         direct = [own[i] for i in graph.direct]
-        outputs = self._call(self._update.call, [*parameters, *direct, self._slots[HYPERGRADIENT], *settings])
-        for target, value in zip(self._targets, outputs, strict=True):
+        outputs = self._call(update.call, [*parameters, *direct, self._slots[HYPERGRADIENT], *settings])
+        for target, value in zip(targets, outputs, strict=True):
             if target is None:
                 raise _UnsuitableError("the optimizer has no state yet, or it keeps numbers that a step changes")
-            self._program.write(_register(value), target)
+            self.program.write(_register(value), target)
         for live, register in buffers:
-            self._program.write(register, live)
+            self.program.write(register, live)
 
 
 class NativeSteps:
@@ -239,7 +282,7 @@ class NativeSteps:
     def step(
         self, name: str, batches: Mapping[str, Batch], derive: Callable[[str, Batch], AbstractDerivatives]
     ) -> NativeOutcome | None:
-        """Make a step of a problem; None if it is to be made in the usual way, and nothing was changed.
+        """Make a step of a problem, as far as nothing is changed; None if it is to be made in the usual way.
 
         Args:
             name: The problem, whose update would be made by its compiled graph.
@@ -248,7 +291,8 @@ class NativeSteps:
         """
         derivatives = {key: derive(key, batch) for key, batch in batches.items()}
         own = derivatives[name]
-        key = (name, id(own.update), *map(id, derivatives.values()), *[_sizes(b) for b in batches.values()])
+        made_by = [(id(d), id(d.backend)) for d in derivatives.values()]
+        key = (name, id(own.update), *made_by, *[_sizes(b) for b in batches.values()])
         known: NativeStep | int | None = self._known.get(key, 0)
         if isinstance(known, NativeStep) and not known.is_right():
             known = 0
@@ -310,7 +354,7 @@ def _bound(compiled: Compiled, arguments: Sequence[Any]) -> Any:
 def _solution(instruction: Solve, values: Sequence[torch.Tensor]) -> Solution:
     if isinstance(instruction.estimator, Neumann):
         term, b = values
-        return neumann_solution(b, term, term, instruction.estimator.num_terms)
+        return neumann_solution(term, term, b, instruction.estimator.num_terms)
     state, scale = values
     return cg_solution(state, state, scale)
 

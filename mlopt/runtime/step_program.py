@@ -72,5 +72,7 @@ class StepProgram:
         Raises:
             RuntimeError: A tensor is not what it was, or a kernel cannot make these steps; nothing was written.
         """
-        results: list[Any] = self._program.run(arguments, self._results, ops.recorder_for(arguments[0].device))
+        made = self._program.run(arguments, self._results, ops.recorder_for(arguments[0].device))
+        made.write()
+        results: list[Any] = made.values
         return results

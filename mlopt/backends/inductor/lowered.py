@@ -117,6 +117,7 @@ class LoweredGraph:
         """Give the package up: it was compiled for something else than it is given (tracing got a size wrong, say)."""
         logger.warning("a compiled graph failed and runs eagerly from now on: %s", error)
         self._failed = True
+        self.native.give_up()
         self.lowering = Lowering("eager", f"its package failed: {str(error).strip().splitlines()[0]}")
 
     def is_operator(self, hole: int) -> bool:
