@@ -3,6 +3,7 @@
 // A trailing underscore marks an op that writes its inputs, which the schema declares. Semantics and shapes are
 // documented at the Python wrappers, mlopt/ops/.
 #include <ATen/core/Tensor.h>
+#include <ATen/core/enum_tag.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
@@ -36,6 +37,9 @@ TORCH_LIBRARY(mlopt, m) {
       "glm_gd(Tensor x, Tensor w, Tensor? bias, Tensor? velocity, Tensor? velocity_bias, str loss, Tensor targets, "
       "Tensor? weights, Tensor? reg, Tensor? reg_bias, float lr, float momentum, int num_steps) "
       "-> (Tensor w, Tensor bias, Tensor velocity, Tensor velocity_bias, Tensor losses)");
+
+  // matmul; flexible_layout: Inductor may give operands of any strides
+  m.def("small_mm(Tensor a, Tensor b, Tensor? bias=None) -> Tensor", {at::Tag::flexible_layout});
 }
 
 namespace {
@@ -65,6 +69,6 @@ void refuse_gradients_and_count_writes(const c10::OperatorHandle& op, c10::Dispa
 
 TORCH_LIBRARY_IMPL(mlopt, Autograd, m) {
   for (const char* op : {"dot", "norm", "cg_step_", "neumann_step_", "perturb", "glm_matmul", "glm_matmul_t", "glm_hvp",
-                         "glm_gradient", "glm_cg", "glm_neumann", "glm_gd"})
+                         "glm_gradient", "glm_cg", "glm_neumann", "glm_gd", "small_mm"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients_and_count_writes>());
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlopt import ops
-from mlopt.ops.reference import glm, vector
+from mlopt.ops.reference import glm, matmul, vector
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -38,9 +38,9 @@ def test_kernels_see_no_torch():
 
 def test_every_op_has_a_wrapper_and_a_reference():
     names = re.findall(r'm\.def\(\s*"(\w+)\(', (CSRC / "ops.cpp").read_text())
-    assert {"dot", "glm_hvp"} <= set(names)
+    assert {"dot", "glm_hvp", "small_mm"} <= set(names)
     for name in names:
-        reference = glm if name.startswith("glm_") else vector
+        (reference,) = (family for family in (glm, matmul, vector) if hasattr(family, name))
         assert callable(getattr(ops, name)) and callable(getattr(reference, name)), name
 
 

@@ -5,12 +5,7 @@
 // differ between instruction sets in the last bits, never between two runs on one machine.
 #include "glm_tiles.h"
 
-#include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define MLOPT_X86
-#include <immintrin.h>
-#endif
+#include "../common/lanes.h"
 
 namespace mlopt {
 namespace {
@@ -29,29 +24,7 @@ namespace portable {
 #define MLOPT_TARGET
 constexpr int kTile = 2, kTileColumns = 6;
 
-template <typename T>
-struct Lanes {
-  typedef T Reg __attribute__((vector_size(16)));
-  static constexpr int kLanes = 16 / sizeof(T);
-  static Reg load(const T* p) {
-    Reg r;
-    std::memcpy(&r, p, sizeof(r));
-    return r;
-  }
-  static Reg load_part(const T* p, int64_t count) {
-    Reg r = {};
-    for (int64_t k = 0; k < count; ++k) r[k] = p[k];
-    return r;
-  }
-  static Reg set(T value) { return value - Reg{}; }
-  static void store(T* p, Reg r) { std::memcpy(p, &r, sizeof(r)); }
-  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
-  static T sum(Reg r) {
-    T total = 0;
-    for (int k = 0; k < kLanes; ++k) total += r[k];
-    return total;
-  }
-};
+using lanes::portable::Lanes;
 #include "glm_narrow_loops.h"
 #include "glm_tile_loops.h"
 #undef MLOPT_TARGET
@@ -59,99 +32,22 @@ struct Lanes {
 
 #ifdef MLOPT_X86
 namespace avx2 {
-#define MLOPT_TARGET __attribute__((target("avx2,fma")))
-#define MLOPT_INLINE __attribute__((target("avx2,fma"), always_inline)) static inline
+#define MLOPT_TARGET MLOPT_TARGET_AVX2
 constexpr int kTile = 2, kTileColumns = 6;
 
-alignas(32) constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-
-template <typename T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  using Reg = __m256;
-  static constexpr int kLanes = 8;
-  MLOPT_INLINE Reg load(const float* p) { return _mm256_loadu_ps(p); }
-  MLOPT_INLINE Reg load_part(const float* p, int64_t count) {
-    return _mm256_maskload_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - count)));
-  }
-  MLOPT_INLINE Reg set(float value) { return _mm256_set1_ps(value); }
-  MLOPT_INLINE void store(float* p, Reg r) { _mm256_storeu_ps(p, r); }
-  MLOPT_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  MLOPT_INLINE float sum(Reg r) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
-};
-template <>
-struct Lanes<double> {
-  using Reg = __m256d;
-  static constexpr int kLanes = 4;
-  MLOPT_INLINE Reg load(const double* p) { return _mm256_loadu_pd(p); }
-  MLOPT_INLINE Reg load_part(const double* p, int64_t count) {
-    return _mm256_maskload_pd(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - 2 * count)));
-  }
-  MLOPT_INLINE Reg set(double value) { return _mm256_set1_pd(value); }
-  MLOPT_INLINE void store(double* p, Reg r) { _mm256_storeu_pd(p, r); }
-  MLOPT_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
-  MLOPT_INLINE double sum(Reg r) {
-    const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(r), _mm256_extractf128_pd(r, 1));
-    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
-  }
-};
+using lanes::avx2::Lanes;
 #include "glm_narrow_loops.h"
 #include "glm_tile_loops.h"
-#undef MLOPT_INLINE
 #undef MLOPT_TARGET
 }  // namespace avx2
 
 namespace avx512 {
-#define MLOPT_TARGET __attribute__((target("avx512f")))
-#define MLOPT_INLINE __attribute__((target("avx512f"), always_inline)) static inline
+#define MLOPT_TARGET MLOPT_TARGET_AVX512
 constexpr int kTile = 4, kTileColumns = 6;
 
-template <typename T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  using Reg = __m512;
-  static constexpr int kLanes = 16;
-  MLOPT_INLINE Reg load(const float* p) { return _mm512_loadu_ps(p); }
-  MLOPT_INLINE Reg load_part(const float* p, int64_t count) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
-  }
-  MLOPT_INLINE Reg set(float value) { return _mm512_set1_ps(value); }
-  MLOPT_INLINE void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
-  MLOPT_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
-  // By halves. (GCC 12 warns of uninitialized values inside its own _mm512_reduce_add_ps.)
-  MLOPT_INLINE float sum(Reg r) {
-    const auto half = __builtin_shufflevector(r, r, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(r, r, 8, 9, 10, 11, 12, 13, 14, 15);
-    const auto quarter =
-        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-    return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-  }
-};
-template <>
-struct Lanes<double> {
-  using Reg = __m512d;
-  static constexpr int kLanes = 8;
-  MLOPT_INLINE Reg load(const double* p) { return _mm512_loadu_pd(p); }
-  MLOPT_INLINE Reg load_part(const double* p, int64_t count) {
-    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
-  }
-  MLOPT_INLINE Reg set(double value) { return _mm512_set1_pd(value); }
-  MLOPT_INLINE void store(double* p, Reg r) { _mm512_storeu_pd(p, r); }
-  MLOPT_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
-  MLOPT_INLINE double sum(Reg r) {
-    const auto half = __builtin_shufflevector(r, r, 0, 1, 2, 3) + __builtin_shufflevector(r, r, 4, 5, 6, 7);
-    return (half[0] + half[2]) + (half[1] + half[3]);
-  }
-};
+using lanes::avx512::Lanes;
 #include "glm_narrow_loops.h"
 #include "glm_tile_loops.h"
-#undef MLOPT_INLINE
 #undef MLOPT_TARGET
 }  // namespace avx512
 #endif
@@ -162,11 +58,9 @@ template <typename T>
 int glm_all_tiles(GlmTiles<T>* tiles) {
   int count = 0;
 #ifdef MLOPT_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f"))
+  if (lanes::avx512::is_supported())
     tiles[count++] = {avx512::forward<T>, avx512::backward<T>, avx512::narrow<T>, "avx512"};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    tiles[count++] = {avx2::forward<T>, avx2::backward<T>, avx2::narrow<T>, "avx2"};
+  if (lanes::avx2::is_supported()) tiles[count++] = {avx2::forward<T>, avx2::backward<T>, avx2::narrow<T>, "avx2"};
 #endif
   tiles[count++] = {portable::forward<T>, portable::backward<T>, portable::narrow<T>, "portable"};
   return count;

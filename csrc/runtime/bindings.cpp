@@ -1,6 +1,6 @@
 // The runtime classes in Python. Package and Call are documented where they are used, mlopt/backends/inductor/, the
 // operators and the loops in mlopt/linalg/, GlmSteps in mlopt/backends/native/, Program in
-// mlopt/runtime/native_step.py.
+// mlopt/runtime/native_step.py, small_mm_times in csrc/matmul/matmul_op.h.
 #include "bindings.h"
 
 #include <pybind11/functional.h>
@@ -9,6 +9,7 @@
 
 #include "../glm/glm_operator.h"
 #include "../glm/glm_steps.h"
+#include "../matmul/matmul_op.h"
 #include "call.h"
 #include "operator.h"
 #include "program.h"
@@ -61,6 +62,7 @@ void bind_runtime(py::module& m) {
       py::call_guard<py::gil_scoped_release>());
 
   m.def("workspace_bytes", &workspace_bytes);
+  m.def("small_mm_times", &small_mm_times, py::call_guard<py::gil_scoped_release>());
 
   py::class_<StepsResult>(m, "StepsResult")
       .def_readonly("num_steps", &StepsResult::num_steps)

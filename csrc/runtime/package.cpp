@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_strided.h>
+#include <dlfcn.h>
 
 #include <utility>
 
@@ -16,14 +17,26 @@ at::DeviceIndex index_of(const std::vector<at::Device>& devices) {
   return -1;
 }
 
+// Packages call kernels of this library by name, and Python has loaded it without showing its names to others. Returns
+// the path, so that this is done before the loader opens the package.
+const std::string& show_names_to(const std::string& path) {
+  static const bool shown = [] {
+    Dl_info here;
+    return dladdr(reinterpret_cast<void*>(&show_names_to), &here) != 0 &&
+           dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL) != nullptr;
+  }();
+  TORCH_CHECK(shown, "package: the kernels of mlopt cannot be shown to packages");
+  return path;
+}
+
 }  // namespace
 
 // run_single_threaded: a plan makes one call at a time, so the loader's own locks have nothing to protect.
 Package::Package(const std::string& path, std::vector<at::ScalarType> dtypes, std::vector<at::Device> devices)
     : dtypes_(std::move(dtypes)), devices_(std::move(devices)) {
   using Loader = torch::inductor::AOTIModelPackageLoader;
-  const auto loader =
-      std::make_shared<Loader>(path, "model", /*run_single_threaded=*/true, /*num_runners=*/1, index_of(devices_));
+  const auto loader = std::make_shared<Loader>(show_names_to(path), "model", /*run_single_threaded=*/true,
+                                               /*num_runners=*/1, index_of(devices_));
   body_ = [loader](std::vector<at::Tensor> inputs) { return loader->boxed_run(std::move(inputs)); };
 }
 

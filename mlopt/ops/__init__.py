@@ -1,8 +1,9 @@
 """Vector operations of the solvers: native kernels where they are built, plain torch otherwise.
 
-`library.py` loads the extension; `vector.py` (updates of solvers' vectors) and `glm.py` (losses that read parameters
-through ``X @ W``) hold the public functions, `reference/` their plain-torch twins; `recorder.py` records native loops
-as CUDA graphs. This package knows nothing of operators, solvers or problems.
+`library.py` loads the extension; `vector.py` (updates of solvers' vectors), `glm.py` (losses that read parameters
+through ``X @ W``) and `matmul.py` (products of small matrices) hold the public functions, `reference/` their
+plain-torch twins; `recorder.py` records native loops as CUDA graphs. This package knows nothing of operators, solvers
+or problems.
 """
 
 from mlopt.ops.glm import (
@@ -19,6 +20,7 @@ from mlopt.ops.glm import (
     glm_neumann,
 )
 from mlopt.ops.library import BUILD_COMMAND, available, build_config, has_kernels, missing
+from mlopt.ops.matmul import small_mm
 from mlopt.ops.recorder import recorder_for
 from mlopt.ops.vector import CgState, cg_init, cg_step_, dot, is_native, neumann_step_, norm, perturb
 
@@ -48,4 +50,5 @@ __all__ = [
     "norm",
     "perturb",
     "recorder_for",
+    "small_mm",
 ]

@@ -37,7 +37,10 @@ def run(program, *arguments):
 
 @pytest.mark.parametrize(
     "name",
-    extras(["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda"], lambda name: name.endswith("_cuda")),
+    extras(
+        ["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda", "test_matmul"],
+        lambda name: name.endswith("_cuda"),
+    ),
 )
 @pytest.mark.parametrize(
     "flags", [pytest.param((), id="plain"), pytest.param(SANITIZE, id="asan", marks=pytest.mark.slow)]

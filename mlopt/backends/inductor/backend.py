@@ -23,6 +23,7 @@ from mlopt.backends.inductor.choice import MeasuredGraph
 from mlopt.backends.inductor.interface import CallPlan, cut_interface
 from mlopt.backends.inductor.lowered import LoweredGraph
 from mlopt.backends.inductor.pool import compile_jobs
+from mlopt.backends.inductor.small import lower_small_products
 from mlopt.backends.inductor.spec import GraphSpec, UnsupportedGraphError
 from mlopt.backends.inductor.thin import fuse_thin_products
 
@@ -49,6 +50,7 @@ class _Lowered:
 
     spec: GraphSpec | None = None
     plan: CallPlan | None = None
+    num_small: int = 0  # products by the kernel
     options: tuple[tuple[str, object], ...] = ()
     key: str = ""
     entry: Entry | None = None
@@ -156,6 +158,8 @@ class InductorBackend(AbstractBackend):
         if graph.entry is None or graph.spec is None or graph.plan is None:
             return EagerGraph(module, f"not compiled: {graph.error}")
         how = "from the cache" if graph.cached else f"compiled in {graph.entry.seconds:.0f} s"
+        if graph.num_small:
+            how += f"; {graph.num_small} small product{'s' if graph.num_small > 1 else ''} by kernels"
         try:
             lowered = LoweredGraph(graph.spec, graph.plan, graph.entry, EagerGraph(module), Lowering("inductor", how))
         except RuntimeError as error:  # a library it needs is gone, no space to unpack it, ...
@@ -164,7 +168,9 @@ class InductorBackend(AbstractBackend):
 
     def _cut(self, module: fx.GraphModule) -> _Lowered:
         try:
-            spec, plan = cut_interface(fuse_thin_products(module))
+            # In this order: what becomes a fused loop calls nothing at all.
+            lowered, num_small = lower_small_products(fuse_thin_products(module), self._cache)
+            spec, plan = cut_interface(lowered)
             options = worker.options(spec)
         except UnsupportedGraphError as error:
             return _Lowered(error=str(error))
@@ -173,4 +179,4 @@ class InductorBackend(AbstractBackend):
             return _Lowered(error=f"{type(error).__name__}: {error}")
         if not all(self.compiles_on(x.device) for x in spec.inputs):
             return _Lowered(error="backend='auto' compiles for CPUs only; backend='inductor' compiles for GPUs too")
-        return _Lowered(spec, plan, options, spec.digest(str(options), machine(), f"format {_FORMAT}"))
+        return _Lowered(spec, plan, num_small, options, spec.digest(str(options), machine(), f"format {_FORMAT}"))

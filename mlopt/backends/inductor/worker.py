@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from mlopt.backends.inductor.small import c_shims
 from mlopt.backends.inductor.spec import GraphSpec, sympy_symbol
 
 _MANY, _SMALL = 100, 1 << 17  # operations, and numbers in all inputs
@@ -88,7 +89,7 @@ def run_job(job: Job) -> Result:
     start = time.perf_counter()
     module, inputs, shape_env, symbols = job.spec.rebuild()
     with torch.no_grad():
-        files: Any = compile_fx_aot(module, [*inputs], config_patches=dict(job.options))
+        files: Any = compile_fx_aot(module, [*inputs], config_patches={**dict(job.options), **c_shims(job.spec)})
     package_aoti(job.path, files)
     return Result(None, _guards(shape_env, symbols), time.perf_counter() - start)
 
