@@ -117,7 +117,8 @@ inline void release(Fiber* first, size_t count) {
   for (size_t t = 0; t < count; ++t) {
     if (first[t].state == kDone) fail("some threads ended while others wait at a barrier");
     if (first[t].state != first->state || first[t].line != first->line || first[t].file != first->file)
-      fail("threads that have to meet wait at different barriers");
+      fail(first->state == kWarpWaits ? "threads of one warp wait at different barriers"
+                                      : "threads of one block wait at different barriers");
   }
   for (size_t t = 0; t < count; ++t) first[t].state = kReady;
 }
