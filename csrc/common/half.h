@@ -22,6 +22,12 @@ MLOPT_HD float float_of_bits(uint32_t bits) {
   return value;
 }
 
+MLOPT_HD uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 MLOPT_HD float widened(BFloat16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
 
 MLOPT_HD float widened(Float16 x) {

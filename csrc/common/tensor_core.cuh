@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "half.h"
 #include "launch.cuh"
 
 namespace mlopt {
@@ -22,11 +23,6 @@ inline void copy_async4(void* shared, const void* global, int bytes) {
 inline void commit_copies() {}
 template <int kPending>
 void wait_copies() {}
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 #else
 // d += a b for a of 16 x 8 and b of 8 x 8, spread over the lanes of a warp. With g = lane / 4 and t = lane % 4: a is
 // (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b is (t, g), (t + 4, g); d is (g, 2t), (g, 2t + 1), (g + 8, 2t),
@@ -54,7 +50,6 @@ template <int kPending>
 __device__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-__device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
 #endif
 
 // A number as the sum of two that tensor cores read whole: the nearest with 10 bits after the point, and what is left
@@ -64,14 +59,8 @@ struct Split {
   uint32_t large, small;
 };
 __device__ inline Split split(float value) {
-  const uint32_t large = (bits_of(value) + 0x1000u) & 0xffffe000u;
-  float whole;
-#ifdef MLOPT_CUDA_EMULATION
-  std::memcpy(&whole, &large, sizeof whole);
-#else
-  whole = __uint_as_float(large);
-#endif
-  return {large, bits_of(value - whole)};
+  const uint32_t large = (bits_of_float(value) + 0x1000u) & 0xffffe000u;
+  return {large, bits_of_float(value - float_of_bits(large))};
 }
 
 }  // namespace mlopt

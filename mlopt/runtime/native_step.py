@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,16 +29,9 @@ from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solv
 from mlopt.planner.instructions import HYPERGRADIENT
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, GraphDerivatives
-
-logger = logging.getLogger(__name__)
+from mlopt.runtime.programs import Programs, UnsuitableError, bound_call
 
 _NO_TENSOR = -1  # mlopt::BoundCall::kNothing
-_MOST_KEPT = 16  # programs per problem; batches may come in a few sizes
-_FIRST = 2  # how often a step is made before it is put together, which costs about as much as making it
-
-
-class _UnsuitableError(Exception):
-    """The step cannot be a native program; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +76,7 @@ class NativeStep:
         batches: What they are evaluated on.
 
     Raises:
-        _UnsuitableError: It cannot be.
+        UnsuitableError: It cannot be.
     """
 
     def __init__(
@@ -97,7 +89,7 @@ class NativeStep:
     ) -> None:
         update = derivatives[name].update
         if update is None:
-            raise _UnsuitableError("its update is not compiled")
+            raise UnsuitableError("its update is not compiled")
         self._derivatives = derivatives  # alive as long as their ids stand for them
         self._device = layouts[name].device
         self._update, self._targets = update, update.targets()
@@ -181,7 +173,7 @@ class _Builder:
             elif isinstance(instruction, MixedProduct) and instruction.step is None:
                 self._mixed(instruction, derivatives[instruction.problem])
             elif not isinstance(instruction, Update):
-                raise _UnsuitableError(f"{instruction}: no part of a native program")
+                raise UnsuitableError(f"{instruction}: no part of a native program")
         loss, metrics, own, buffers = gradient
         self._write(own, list(values), buffers, targets)
         self.wanted = [loss, *metrics, *(register for solved in self.solved for register in solved.registers)]
@@ -189,7 +181,7 @@ class _Builder:
     def _call(self, compiled: Compiled, arguments: Sequence[_Value]) -> list[_Value]:
         now = [value.then for value in arguments]
         outputs = compiled(*now)
-        registers = self.program.add_call(_bound(compiled, now), [value.register for value in arguments])
+        registers = self.program.add_call(bound_call(compiled, now), [value.register for value in arguments])
         return [_Value(register, output) for register, output in zip(registers, outputs, strict=True)]
 
     def _gradient(
@@ -218,13 +210,13 @@ class _Builder:
         estimator, rhs = instruction.estimator, self._slots[instruction.rhs]
         is_cg = type(estimator) is CG and estimator.preconditioner is None and not estimator.warm_start
         if not (is_cg or (type(estimator) is Neumann and estimator.uses_hvp)):
-            raise _UnsuitableError(f"{estimator!r} has no native loop")
+            raise UnsuitableError(f"{estimator!r} has no native loop")
         residuals, compiled = self._residuals[instruction.problem], derivatives.compiled("hvp")
         arguments = [*residuals, rhs]
         compiled.native_operator([*(value.then for value in residuals), None], len(residuals))  # it may measure first
         if compiled.is_kernel:
-            raise _UnsuitableError("its products are a kernel's")
-        bound = _bound(compiled, [value.then for value in arguments])
+            raise UnsuitableError("its products are a kernel's")
+        bound = bound_call(compiled, [value.then for value in arguments])
         given = (bound, [value.register for value in arguments], len(residuals))
         if isinstance(estimator, CG):
             settings = (estimator.damping, _register(rhs), estimator.rtol, estimator.max_steps)
@@ -261,7 +253,7 @@ class _Builder:
         outputs = self._call(update.call, [*parameters, *direct, self._slots[HYPERGRADIENT], *settings])
         for target, value in zip(targets, outputs, strict=True):
             if target is None:
-                raise _UnsuitableError("the optimizer has no state yet, or it keeps numbers that a step changes")
+                raise UnsuitableError("the optimizer has no state yet, or it keeps numbers that a step changes")
             self.program.write(_register(value), target)
         for live, register in buffers:
             self.program.write(register, live)
@@ -277,7 +269,7 @@ class NativeSteps:
 
     def __init__(self, plan: ExecutionPlan, layouts: Mapping[str, FlatLayout]) -> None:
         self._plan, self._layouts = plan, layouts
-        self._known: dict[tuple[object, ...], NativeStep | int] = {}  # or how often it was asked for
+        self._programs: Programs[NativeStep] = Programs()
 
     def step(
         self, name: str, batches: Mapping[str, Batch], derive: Callable[[str, Batch], AbstractDerivatives]
@@ -293,62 +285,30 @@ class NativeSteps:
         own = derivatives[name]
         made_by = [(id(d), id(d.backend)) for d in derivatives.values()]
         key = (name, id(own.update), *made_by, *[_sizes(b) for b in batches.values()])
-        known: NativeStep | int | None = self._known.get(key, 0)
-        if isinstance(known, NativeStep) and not known.is_right():
-            known = 0
-        if isinstance(known, int):
-            known = self._meet(key, known, name, derivatives, batches)
-        if known is None:
+        program = self._programs.get(name, key, NativeStep.is_right, lambda: self._build(name, derivatives, batches))
+        if program is None:
             return None
         try:
-            return known.run(batches)
+            return program.run(batches)
         except RuntimeError as error:
-            logger.info("steps of problem %r are made one part after the other: %s", name, error)
-            self._known[key] = _NO_TENSOR
+            self._programs.give_up(name, key, error)
             return None
 
-    def _meet(
-        self,
-        key: tuple[object, ...],
-        times: int,
-        name: str,
-        derivatives: Mapping[str, AbstractDerivatives],
-        batches: Mapping[str, Batch],
-    ) -> NativeStep | None:
-        """Count a step; return its program when the time has come."""
-        if times < 0:
-            return None
-        if key not in self._known and len(self._known) >= _MOST_KEPT:
-            self._known.clear()
-        self._known[key] = times + 1
-        if times < _FIRST:
-            return None
+    def _build(
+        self, name: str, derivatives: Mapping[str, AbstractDerivatives], batches: Mapping[str, Batch]
+    ) -> NativeStep:
         graphs = {problem: d for problem, d in derivatives.items() if isinstance(d, GraphDerivatives)}
-        try:
-            if len(graphs) < len(derivatives):
-                raise _UnsuitableError("a problem runs by plain autograd")
-            if any(d.is_random for d in graphs.values()):
-                raise _UnsuitableError("a loss draws random numbers")
-            made = NativeStep(self._plan, self._layouts, name, graphs, batches)
-        except (_UnsuitableError, RuntimeError) as error:
-            logger.info("steps of problem %r are made one part after the other: %s", name, error)
-            self._known[key] = _NO_TENSOR
-            return None
-        self._known[key] = made
-        return made
+        if len(graphs) < len(derivatives):
+            raise UnsuitableError("a problem runs by plain autograd")
+        if any(d.is_random for d in graphs.values()):
+            raise UnsuitableError("a loss draws random numbers")
+        return NativeStep(self._plan, self._layouts, name, graphs, batches)
 
 
 def _register(value: _Value) -> int:
     if value.register == _NO_TENSOR:
-        raise _UnsuitableError("a result is no tensor")
+        raise UnsuitableError("a result is no tensor")
     return value.register
-
-
-def _bound(compiled: Compiled, arguments: Sequence[Any]) -> Any:
-    bound = compiled.native_call(arguments)
-    if bound is None:
-        raise _UnsuitableError(f"a graph runs by the backend {compiled.lowering.backend!r}")
-    return bound
 
 
 def _solution(instruction: Solve, values: Sequence[torch.Tensor]) -> Solution:

@@ -10,6 +10,7 @@ import torch
 
 from mlopt import ops
 from mlopt.backends import Compiled, NativeDescent
+from mlopt.runtime.programs import UnsuitableError, bound_call
 
 
 class StepProgram:
@@ -24,7 +25,7 @@ class StepProgram:
         descent: What makes all steps but the last, and how many; None to make one step.
 
     Raises:
-        ValueError: It cannot be: a graph is not native, or a result is no tensor.
+        UnsuitableError: It cannot be: a graph is not native, or a result is no tensor.
     """
 
     def __init__(
@@ -50,16 +51,13 @@ class StepProgram:
         self._results = outputs[:num_results]
         for (output, _), target in zip(feedback, targets, strict=True):
             if target is None:
-                raise ValueError("a step makes state, or changes a number of the optimizer's")
+                raise UnsuitableError("a step makes state, or changes a number of the optimizer's")
             self._program.write(outputs[output], target)
         if min(outputs) < 0:
-            raise ValueError("an output is no tensor")
+            raise UnsuitableError("an output is no tensor")
 
     def _call(self, compiled: Compiled, arguments: Sequence[torch.Tensor], registers: Sequence[int]) -> list[int]:
-        bound = compiled.native_call(arguments)
-        if bound is None:
-            raise ValueError("a graph is not native")
-        added: list[int] = self._program.add_call(bound, registers)
+        added: list[int] = self._program.add_call(bound_call(compiled, arguments), registers)
         return added
 
     def writes_into(self, targets: Sequence[torch.Tensor | None]) -> bool:

@@ -7,7 +7,6 @@ half of a step behind.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,13 +18,10 @@ from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch, distinct
 from mlopt.runtime.finite import all_finite
 from mlopt.runtime.lowered_update import LoweredUpdate
+from mlopt.runtime.programs import Programs
 from mlopt.runtime.step_program import StepProgram
 
 _CHECKED = 4  # steps that are compared
-_FIRST = 2  # how often steps are made before a program is put together for as many
-_MOST_PROGRAMS = 16  # of different numbers of steps and sizes of batches
-
-logger = logging.getLogger(__name__)
 
 
 class CompiledStep(LoweredUpdate):
@@ -77,7 +73,7 @@ class CompiledStep(LoweredUpdate):
         self._unset = torch.zeros((), dtype=torch.float64)
         self._constant: tuple[tuple[float, ...], torch.Tensor] | None = None
         self._is_random = draws
-        self._programs: dict[tuple[object, ...], StepProgram | int] = {}  # or how often it was asked for
+        self._programs: Programs[StepProgram] = Programs()
 
     @property
     def can_repeat(self) -> bool:
@@ -177,56 +173,32 @@ class CompiledStep(LoweredUpdate):
             known = self._numbers.get(id(self.graph.settings[position]))
             if known is None or known[0] != value:  # it is that of a later step
                 return None
+        descent = None
+        if count > 1:
+            native = None if self.descent is None else self.descent.native(count - 1, arguments[0].device)
+            if native is None:
+                return None  # it may become known that a kernel is faster
+            descent = (native, count - 1)
         key = (count, *(t.shape for t in batch.tensors))
-        program = self._programs.get(key, 0)
         targets = [*self.targets(), *(self._loss.live(i) for i in self.graph.written_buffers)]
-        if isinstance(program, StepProgram) and not program.writes_into(targets):
-            program = 0
-        if isinstance(program, int):
-            if program < 0 or (made := self._make_program(key, program, arguments, targets)) is None:
-                return None
-            program = made
+        name, num_results = self._loss.problem, 1 + self.graph.num_metrics
+        program = self._programs.get(
+            name,
+            key,
+            lambda known: known.writes_into(targets),
+            lambda: StepProgram(self.call, self.graph.feedback, targets, num_results, arguments, descent),
+        )
+        if program is None:
+            return None
         try:
             outputs = program.run(arguments)
         except RuntimeError as error:
-            logger.info("steps of problem %r are made in the usual way: %s", self._loss.problem, error)
-            self._programs[key] = -1
+            self._programs.give_up(name, key, error)
             return None
         except BaseException as error:  # Ctrl-C
             return StepsOutcome(0, [], None, (), error)
         self.written()
         return StepsOutcome(count, [], outputs, (), None)
-
-    def _make_program(
-        self,
-        key: tuple[object, ...],
-        times: int,
-        arguments: Sequence[torch.Tensor],
-        targets: Sequence[torch.Tensor | None],
-    ) -> StepProgram | None:
-        """Count steps; return their program when the time has come."""
-        if key not in self._programs and len(self._programs) >= _MOST_PROGRAMS:
-            self._programs.clear()
-        self._programs[key] = times + 1
-        count = int(key[0])  # type: ignore[call-overload]
-        descent = None
-        if count > 1:
-            device = arguments[0].device
-            native = None if self.descent is None else self.descent.native(count - 1, device)
-            if native is None:
-                return None  # it may become known that a kernel is faster
-            descent = (native, count - 1)
-        if times < _FIRST:
-            return None
-        num_results = 1 + self.graph.num_metrics
-        try:
-            program = StepProgram(self.call, self.graph.feedback, targets, num_results, arguments, descent)
-        except (ValueError, RuntimeError) as error:
-            logger.info("steps of problem %r are made in the usual way: %s", self._loss.problem, error)
-            self._programs[key] = -1
-            return None
-        self._programs[key] = program
-        return program
 
     def metrics(self, outputs: Sequence[Any]) -> dict[str, Any]:
         """Return loss and metrics of a step, as the user named them."""

@@ -101,7 +101,7 @@ def test_a_package_that_fails(monkeypatch):
         assert twins.step() == 0
         steps.step = native
         assert twins.step() == 0  # it is left aside from now on
-        steps._known.clear()
+        steps._programs._known.clear()
         assert twins.step(3) == 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -62,56 +62,35 @@ class LoweredGraph:
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Return what the graph returns."""
-        if self._failed:
-            return self.eager(*arguments)
-        try:
-            results = self.native(*arguments)
-            if results is None:  # sizes not seen before
-                results = self.native(*arguments) if self.accepts(arguments) else None
-        except RuntimeError as error:
-            self._fail(error)
-            results = None
+        results = self._made(arguments, lambda: self.native(*arguments))
         return self.eager(*arguments) if results is None else results
 
     def native_call(self, arguments: Sequence[Any]) -> Any:
         """See `Compiled`."""
-        if self._failed:
-            return None
-        try:
-            bound = self.native.bind(arguments)
-            if bound is None and self.accepts(arguments):
-                bound = self.native.bind(arguments)
-        except RuntimeError as error:
-            self._fail(error)
-            return None
-        return bound
+        return self._made(arguments, lambda: self.native.bind(arguments))
 
     def native_operator(self, arguments: Sequence[Any], hole: int) -> Any:
         """See `Compiled`."""
-        if self._failed or not self.is_operator(hole):
-            return None
-        try:
-            operator = self.native.operator(arguments, hole)
-            if operator is None and self.accepts(arguments):
-                operator = self.native.operator(arguments, hole)
-        except RuntimeError as error:
-            self._fail(error)
-            return None
-        return operator
+        return self._made(arguments, lambda: self.native.operator(arguments, hole)) if self.is_operator(hole) else None
 
     def native_steps(self, arguments: Sequence[Any], changing: Changing) -> Any:
         """See `Compiled`."""
+        given = (arguments, changing.feedback, changing.batch, changing.numbers, changing.num_kept)
+        steps = self._made(arguments, lambda: self.native.steps(*given))
+        return None if steps is None else (steps, self.native.results)
+
+    def _made(self, arguments: Sequence[Any], make: Callable[[], Any]) -> Any:
+        """Return what the package makes of these arguments; None if it failed, or is not right for their sizes."""
         if self._failed:
             return None
-        given = (arguments, changing.feedback, changing.batch, changing.numbers, changing.num_kept)
         try:
-            steps = self.native.steps(*given)
-            if steps is None and self.accepts(arguments):
-                steps = self.native.steps(*given)
+            made = make()
+            if made is None and self.accepts(arguments):  # sizes not seen before
+                made = make()
         except RuntimeError as error:
             self._fail(error)
             return None
-        return None if steps is None else (steps, self.native.results)
+        return made
 
     def _fail(self, error: RuntimeError) -> None:
         """Give the package up: it was compiled for something else than it is given (tracing got a size wrong, say)."""
