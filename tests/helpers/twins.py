@@ -1,5 +1,6 @@
 """Two equal programs, of which one makes steps by native programs: they must agree bit for bit."""
 
+import contextlib
 import copy
 import warnings
 
@@ -158,7 +159,11 @@ class Twins:
 
     def each(self, change):
         """Change both programs: `change` is called with the plan and the problems of each, and must give the same."""
-        assert_same(change(self.plan, self.ours), change(self.reference, self.theirs))
+        outcomes = []
+        for k, (plan, problems) in enumerate([(self.plan, self.ours), (self.reference, self.theirs)]):
+            with self._random_numbers(k):
+                outcomes.append(change(plan, problems))
+        assert_same(*outcomes)
 
     def step(self, times=1):
         """Make steps of both and compare all there is to compare; return how many were native."""
@@ -174,12 +179,17 @@ class Twins:
         for ours, theirs in zip(self._results[::2], self._results[1::2], strict=True):
             assert_same(ours, theirs)
 
-    def _step(self, k, plan):
+    @contextlib.contextmanager
+    def _random_numbers(self, k):
+        """Each program draws its own, from the same state: shuffled batches of both are the same."""
         torch.set_rng_state(self._random[k])
-        with warnings.catch_warnings(record=True) as said:
+        yield
+        self._random[k] = torch.get_rng_state()
+
+    def _step(self, k, plan):
+        with self._random_numbers(k), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             results = plan.step()
-        self._random[k] = torch.get_rng_state()
         self.said += "".join(str(w.message) for w in said)
         self._results.append(results)
         gradients = {n: [p.grad for p in q.module.parameters()] for n, q in plan.graph.problems.items()}

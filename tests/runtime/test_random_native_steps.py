@@ -30,7 +30,9 @@ OPTIMIZERS = [
 ]
 SCHEDULERS = [
     lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=100),
+    lambda o: lr_scheduler.OneCycleLR(
+        o, 0.1, total_steps=100, cycle_momentum="momentum" in o.defaults or "betas" in o.defaults
+    ),
     lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
 ]
 ESTIMATORS = [
