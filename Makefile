@@ -88,7 +88,7 @@ GPU_WORKERS = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 4)
 gpu-check:  ## on a machine with a GPU and its own torch: build in place, test and measure everything CUDA; no network
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
 	MLOPT_CUDA=1 MAX_JOBS=$$(nproc) $(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. MLOPT_REQUIRE_EXTENSION=1 $(PYTHON) -m pytest -m cuda tests $(GPU_WORKERS)
+	PYTHONPATH=. MLOPT_REQUIRE_EXTENSION=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m cuda tests $(GPU_WORKERS)
 	@if command -v compute-sanitizer >/dev/null; then \
 	  PYTHONPATH=. MLOPT_REQUIRE_EXTENSION=1 compute-sanitizer --error-exitcode 1 \
 	    $(PYTHON) -m pytest -m cuda tests/ops -k "test_hvp or test_gd or test_cg_step or test_dot_and_norm"; fi

@@ -132,13 +132,11 @@ def machine(device: str, smoke: bool) -> tuple[dict[str, object], object]:
     return {"copy": lambda: target.copy_(source), "large product": lambda: a @ b}, rates
 
 
-def replayed_products(case: Cleaning, copies: int) -> dict[str, object]:
-    """Record products with `copies` matrices, one after the other, as a CUDA graph.
+def replayed_products(case: Cleaning, sets: list[torch.Tensor], halves: list[torch.Tensor]) -> dict[str, object]:
+    """Record products with several matrices, one after the other, as a CUDA graph, which does not keep them alive.
 
     So there are no launches from the host, and no X is in the caches from the time before.
     """
-    sets = [case.x.clone() for _ in range(copies)]
-    halves = [x.to(torch.bfloat16) for x in sets]
     graphs = {}
     for name, xs in {"replayed hvp": sets, "replayed hvp of halves": halves}.items():
         case.hvp(case.v, xs[0])
@@ -176,7 +174,9 @@ def measure_products(n: int, d: int, c: int, device: str, smoke: bool) -> dict[s
     if device == "cuda":  # on CPUs X is widened first
         halves = x.to(torch.bfloat16)
         functions["hvp of halves"] = lambda: case.hvp(case.v, halves)
-        functions |= replayed_products(case, copies)
+        sets = [x.clone() for _ in range(copies)]
+        sets_of_halves = [halves.clone() for _ in range(copies)]
+        functions |= replayed_products(case, sets, sets_of_halves)
     in_a_solve = 50 if device == "cuda" else 8
     functions["hvp in a solve"] = lambda: case.series(in_a_solve)
     times = timing.interleaved(functions, device, repeats=3 if smoke else 15)

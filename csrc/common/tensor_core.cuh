@@ -12,6 +12,8 @@ namespace mlopt {
 #ifdef MLOPT_CUDA_EMULATION
 using emulation::mma_tf32;
 
+inline void meet_block() { __syncthreads(); }
+
 inline void copy_async16(void* shared, const void* global, int bytes) {
   std::memset(shared, 0, 16);
   std::memcpy(shared, global, bytes);
@@ -33,6 +35,9 @@ __device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uin
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// A barrier of the block to which its warps may come from different places of the code.
+__device__ inline void meet_block() { asm volatile("bar.sync 0;" ::: "memory"); }
 
 // Copy 16 or 4 bytes, the ones after the first `bytes` being zeros. Both addresses have to be multiples of the size.
 __device__ inline void copy_async16(void* shared, const void* global, int bytes) {

@@ -164,10 +164,25 @@ struct GlmDescent {
 
 // ---- row functions ----
 
-template <typename T>
-MLOPT_HD T glm_logistic_row(const T* targets, int64_t classes, T weight, T* u, T* probabilities) {
+// Who works on a row: one thread here. Where several do, each has the classes first, first + step, ... of it.
+struct GlmAlone {
+  static constexpr int first = 0, step = 1;
+
+  template <typename T>
+  MLOPT_HD T sum(T own) const {
+    return own;
+  }
+  template <typename T>
+  MLOPT_HD T largest(T own) const {
+    return own;
+  }
+  MLOPT_HD void meet() const {}
+};
+
+template <typename T, typename Team>
+MLOPT_HD T glm_logistic_row(const Team& team, const T* targets, int64_t classes, T weight, T* u, T* probabilities) {
   T loss = 0;
-  for (int64_t c = 0; c < classes; ++c) {
+  for (int64_t c = team.first; c < classes; c += team.step) {
     const T z = u[c], e = std::exp(-std::fabs(z));  // never overflows
     const T p = (z >= T(0) ? T(1) : e) / (T(1) + e);
     loss += (z > T(0) ? z : T(0)) - targets[c] * z + std::log1p(e);
@@ -179,38 +194,45 @@ MLOPT_HD T glm_logistic_row(const T* targets, int64_t classes, T weight, T* u, T
 
 // Cross entropy with targets t, or with a label where t is null. A label out of range makes NaN, never an access out of
 // range.
-template <typename T>
-MLOPT_HD T glm_softmax_row(const T* targets, int64_t label, int64_t classes, T weight, T* u, T* probabilities) {
+template <typename T, typename Team>
+MLOPT_HD T glm_softmax_row(const Team& team, const T* targets, int64_t label, int64_t classes, T weight, T* u,
+                           T* probabilities) {
   T largest = u[0], total = 0, picked = 0, mass = 0;
-  for (int64_t c = 1; c < classes; ++c) largest = u[c] > largest ? u[c] : largest;
-  for (int64_t c = 0; c < classes; ++c) {
+  for (int64_t c = team.first; c < classes; c += team.step) largest = u[c] > largest ? u[c] : largest;
+  largest = team.largest(largest);
+  for (int64_t c = team.first; c < classes; c += team.step) {
     const T t = targets != nullptr ? targets[c] : T(c == label), z = u[c] - largest;
     mass += t;
     picked += t == T(0) ? T(0) : t * z;
     u[c] = std::exp(z);
     total += u[c];
   }
+  total = team.sum(total);
+  mass = team.sum(mass);
   const T valid = targets != nullptr || (label >= 0 && label < classes) ? T(1) : T(NAN);
-  for (int64_t c = 0; c < classes; ++c) {
+  for (int64_t c = team.first; c < classes; c += team.step) {
     const T t = targets != nullptr ? targets[c] : T(c == label), p = u[c] / total;
     if (probabilities != nullptr) probabilities[c] = p;
     u[c] = weight * valid * (p * mass - t);
   }
-  return weight * valid * (mass * std::log(total) - picked);
+  return weight * valid * ((team.first == 0 ? mass * std::log(total) : T(0)) - picked);
 }
 
 // q_c mean(u)_c - t_c.
-template <typename T>
-MLOPT_HD void glm_fit_row(GlmFunction function, const T* scales, const T* targets, int64_t classes, T* u) {
+template <typename T, typename Team>
+MLOPT_HD void glm_fit_row(const Team& team, GlmFunction function, const T* scales, const T* targets, int64_t classes,
+                          T* u) {
   T largest = u[0], total = 0;
   if (function == kGlmFitSoftmax) {
-    for (int64_t c = 1; c < classes; ++c) largest = u[c] > largest ? u[c] : largest;
-    for (int64_t c = 0; c < classes; ++c) {
+    for (int64_t c = team.first; c < classes; c += team.step) largest = u[c] > largest ? u[c] : largest;
+    largest = team.largest(largest);
+    for (int64_t c = team.first; c < classes; c += team.step) {
       u[c] = std::exp(u[c] - largest);
       total += u[c];
     }
+    total = team.sum(total);
   }
-  for (int64_t c = 0; c < classes; ++c) {
+  for (int64_t c = team.first; c < classes; c += team.step) {
     T mean = u[c];
     if (function == kGlmFitSoftmax) mean = u[c] / total;
     if (function == kGlmFitLogistic) {
@@ -222,51 +244,55 @@ MLOPT_HD void glm_fit_row(GlmFunction function, const T* scales, const T* target
 }
 
 // Applies f to the C elements of row `row` (of all tasks' rows) for one right-hand side; returns the row's loss, if f
-// is a loss's gradient.
-template <typename T>
-MLOPT_HD T glm_row(const GlmRows<T>& q, int64_t row, int64_t classes, T* u, T* probabilities) {
+// is a loss's gradient (of a team, the sum of what its threads return).
+template <typename T, typename Team = GlmAlone>
+MLOPT_HD T glm_row(const GlmRows<T>& q, int64_t row, int64_t classes, T* u, T* probabilities, const Team& team = {}) {
   const T weight = q.weights != nullptr ? q.weights[row] : T(1);
   switch (q.function) {
     case kGlmIdentity:
       return 0;
     case kGlmDiagonal:
-      for (int64_t c = 0; c < classes; ++c) u[c] *= weight * (q.per_row ? q.values[row] : q.values[row * classes + c]);
+      for (int64_t c = team.first; c < classes; c += team.step)
+        u[c] *= weight * (q.per_row ? q.values[row] : q.values[row * classes + c]);
       return 0;
     case kGlmSoftmax: {
       const T* p = q.values + row * classes;
       T mean = 0;
-      for (int64_t c = 0; c < classes; ++c) mean += p[c] * u[c];
-      for (int64_t c = 0; c < classes; ++c) u[c] = weight * p[c] * (u[c] - mean);
+      for (int64_t c = team.first; c < classes; c += team.step) mean += p[c] * u[c];
+      mean = team.sum(mean);
+      for (int64_t c = team.first; c < classes; c += team.step) u[c] = weight * p[c] * (u[c] - mean);
       return 0;
     }
     case kGlmRankOne: {
       const T *a = q.values + 3 * row * classes, *b = a + classes, *g = b + classes;
       T dot = 0;
-      for (int64_t c = 0; c < classes; ++c) dot += g[c] * u[c];
-      for (int64_t c = 0; c < classes; ++c) u[c] = weight * (a[c] * u[c] + b[c] * dot);
+      for (int64_t c = team.first; c < classes; c += team.step) dot += g[c] * u[c];
+      dot = team.sum(dot);
+      for (int64_t c = team.first; c < classes; c += team.step) u[c] = weight * (a[c] * u[c] + b[c] * dot);
       return 0;
     }
     case kGlmBlock: {
       const T* block = q.values + row * classes * classes;
-      T old[kGlmMaxClasses];
-      for (int64_t c = 0; c < classes; ++c) old[c] = u[c];
-      for (int64_t c = 0; c < classes; ++c) {
+      T sums[kGlmMaxClasses];
+      for (int64_t c = team.first; c < classes; c += team.step) {
         T sum = 0;
-        for (int64_t k = 0; k < classes; ++k) sum += block[c * classes + k] * old[k];
-        u[c] = weight * sum;
+        for (int64_t k = 0; k < classes; ++k) sum += block[c * classes + k] * u[k];
+        sums[c] = sum;
       }
+      team.meet();  // all have read u
+      for (int64_t c = team.first; c < classes; c += team.step) u[c] = weight * sums[c];
       return 0;
     }
     case kGlmLogistic:
-      return glm_logistic_row(q.values + row * classes, classes, weight, u, probabilities);
+      return glm_logistic_row(team, q.values + row * classes, classes, weight, u, probabilities);
     case kGlmSoftmaxIndex:
-      return glm_softmax_row<T>(nullptr, q.labels[row], classes, weight, u, probabilities);
+      return glm_softmax_row<T>(team, nullptr, q.labels[row], classes, weight, u, probabilities);
     case kGlmSoftmaxDense:
-      return glm_softmax_row<T>(q.values + row * classes, -1, classes, weight, u, probabilities);
+      return glm_softmax_row<T>(team, q.values + row * classes, -1, classes, weight, u, probabilities);
     case kGlmFitLinear:
     case kGlmFitLogistic:
     case kGlmFitSoftmax:
-      glm_fit_row(q.function, q.scales + row * classes, q.values + row * classes, classes, u);
+      glm_fit_row(team, q.function, q.scales + row * classes, q.values + row * classes, classes, u);
       return 0;
   }
   return 0;

@@ -5,6 +5,7 @@
 // thread per row applies f, and all threads add X^T f(U) to the chunk's sum; the rows' second read comes from the
 // caches. A second kernel adds the chunks in order. No atomics, no synchronization with the host, nothing that a CUDA
 // graph could not capture.
+#include <algorithm>
 #include <type_traits>
 
 #include "../common/half.h"
@@ -240,8 +241,8 @@ void launch_sweep_of(const GlmProduct<T>& q, mlopt_stream stream) {
 }
 
 template <typename T>
-dim3 reduce_grid(const GlmProduct<T>& q) {
-  return glm_grid((q.columns() * q.stride() + kStrip - 1) / kStrip, q.tasks);
+dim3 reduce_grid(const GlmProduct<T>& q) {  // without features there are losses still, which the first block sums
+  return glm_grid(std::max<int64_t>(1, (q.columns() * q.stride() + kStrip - 1) / kStrip), q.tasks);
 }
 
 template <typename T>

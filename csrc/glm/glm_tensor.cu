@@ -5,8 +5,8 @@
 // kTileRows rows of X stream through shared memory, several on their way at any time, and serve both products there.
 // Each float is split into two numbers the unit reads exactly, see tensor_core.cuh.
 //
-// The work on a tile takes three turns, with one barrier of the block per turn: the warps multiply forward; one more
-// warp sums their parts and applies f, while they go on with the tiles before and after; the warps multiply backward.
+// Per tile: most of the warps, the product warps, multiply forward; then the row warps sum their parts and apply f,
+// while the product warps multiply the tile before backward. One barrier of the block after each of the two.
 #include <algorithm>
 
 #include "../common/half.h"
@@ -17,16 +17,37 @@ namespace mlopt {
 namespace tensor_sweep {
 namespace {
 
-// The last warp applies f. Twelve: three for each quarter of a multiprocessor, with 168 registers per thread.
-constexpr int kWarp = 32, kProductWarps = 11, kRowWarp = kProductWarps;
-constexpr int kTensorThreads = (kProductWarps + 1) * kWarp;
-constexpr int kTileRows = 8, kDepth = 8;  // of a tile: rows, and features per step of a product
-constexpr int kMost = kGlmTensorColumns;  // columns of U, of which a warp's tile has as many
-constexpr int kFewestStages = 4, kMostStages = 8;
-constexpr int kTurns = 3;                                      // tiles that are worked on at a time
-constexpr int kScratchPitch = kMost + 1, kFinishedPitch = 12;  // elements; no two lanes meet in a bank
+constexpr int kWarp = 32;
+constexpr int kUnitRows = 8, kDepth = 8;  // of a step of a product: rows, and features
+constexpr int kMost = kGlmTensorColumns;  // columns of U, as many as a step has
+constexpr int kFewestStages = 3, kMostStages = 6;
+constexpr int kWorkedOn = 2;              // tiles at a time: one forward, the one before backward
+constexpr int kScratchPitch = kMost + 1;  // elements; no two lanes meet in a bank
 constexpr int64_t kMostTasks = 65535;
 constexpr int64_t kMostValues = 3 * kMost;  // values of f per row that are copied beside X
+
+// How a block is made. Large tiles, as there are two barriers for each; but V and the sums have to fit into registers
+// (128 per thread of 16 warps, 168 of 12), and the tiles into shared memory.
+template <int kProductWarps_, int kRowWarps_, int kTileRows_, int kSteps_, int kSureSteps_>
+struct Shape {
+  static constexpr int kProductWarps = kProductWarps_, kRowWarps = kRowWarps_, kTileRows = kTileRows_;
+  // Of features per product warp: steps, and how many of them every warp has.
+  static constexpr int kSteps = kSteps_, kSureSteps = kSureSteps_;
+  static constexpr int kWarps = kProductWarps + kRowWarps, kThreads = kWarps * kWarp;
+  static constexpr int kUnits = kTileRows / kUnitRows, kRowsPerWarp = kTileRows / kRowWarps;
+  static constexpr int kTeam = kWarp / kRowsPerWarp;  // lanes of a row warp that work on a row together
+  static constexpr int kMostFeatures = kSteps * kProductWarps * kDepth;
+  static constexpr int kFewestFeatures = kSureSteps * kProductWarps * kDepth;
+  // Elements between columns; no two lanes meet in a bank.
+  static constexpr int kPartPitch = kUnits == 1 ? 8 : 24, kFinishedPitch = kUnits == 1 ? 12 : 20;
+  static_assert(kTileRows % kUnitRows == 0 && kUnits <= 2 && kTileRows % kRowWarps == 0 && kTileRows <= kWarps);
+};
+using Few = Shape<14, 2, 16, 2, 0>;
+using Some = Shape<14, 2, 16, 5, 2>;
+using Many = Shape<14, 2, 16, 7, 5>;
+using More = Shape<11, 1, 8, 12, 0>;
+using Most = Shape<11, 1, 8, 16, 12>;
+static_assert(kGlmTensorMostFeatures == Most::kMostFeatures);
 
 // Where the parts of shared memory begin, in bytes, and the sizes that go with them.
 struct Layout {
@@ -34,9 +55,8 @@ struct Layout {
               // read eight rows of a few features, or four rows of eight, meet in no bank
   int stages;
   int values_per_row;  // copied beside X; 0 if f reads them where they are
+  int part_size;       // elements
   int values, scales, weights, labels, parts, scratch, finished, size;
-
-  __host__ __device__ int tile_bytes() const { return kTileRows * pitch; }
 };
 
 int round_up(int64_t value, int64_t multiple) { return static_cast<int>((value + multiple - 1) / multiple * multiple); }
@@ -55,23 +75,27 @@ int64_t values_of(const GlmRows<float>& f, int64_t classes) {
   }
 }
 
-template <typename Stored>
+int64_t rhs_per_pass(const GlmProduct<float>& q) { return std::min<int64_t>(q.rhs, kMost / q.classes); }
+
+template <typename Stored, typename S>
 Layout layout_for(const GlmProduct<float>& q, int limit) {
   Layout at{};
+  const GlmRows<float>& f = q.rows_function;
   const int offset = sizeof(Stored) == 4 ? 32 : 16;
   at.pitch = round_up(round_up(q.features, kDepth) * static_cast<int64_t>(sizeof(Stored)) - offset, 128) + offset;
-  const int64_t values = q.forward ? values_of(q.rows_function, q.classes) : q.classes;
+  const int64_t values = q.forward ? values_of(f, q.classes) : q.classes;
   at.values_per_row = values <= kMostValues ? static_cast<int>(values) : 0;
+  at.part_size = static_cast<int>(rhs_per_pass(q) * q.classes) * S::kPartPitch;
   for (at.stages = kMostStages; at.stages >= kFewestStages; --at.stages) {
-    const int rows = at.stages * kTileRows, width = static_cast<int>(q.classes);
-    at.values = at.stages * at.tile_bytes();
+    const int rows = at.stages * S::kTileRows, width = static_cast<int>(q.classes);
+    at.values = rows * at.pitch;
     at.scales = at.values + round_up(rows * at.values_per_row * 4, 16);
-    at.weights = at.scales + (q.rows_function.scales != nullptr ? round_up(rows * width * 4, 16) : 0);
-    at.labels = at.weights + rows * 4;
-    at.parts = at.labels + rows * 8;
-    at.scratch = at.parts + 2 * kProductWarps * kMost * kTileRows * 4;
-    at.finished = at.scratch + round_up(kTileRows * kScratchPitch * 4, 16);
-    at.size = at.finished + 2 * kMost * kFinishedPitch * 4;
+    at.weights = at.scales + (f.scales != nullptr ? round_up(rows * width * 4, 16) : 0);
+    at.labels = at.weights + (f.weights != nullptr ? rows * 4 : 0);
+    at.parts = at.labels + (f.function == kGlmSoftmaxIndex ? rows * 8 : 0);
+    at.scratch = at.parts + S::kProductWarps * at.part_size * 4;
+    at.finished = at.scratch + round_up(S::kTileRows * kScratchPitch * 4, 16);
+    at.size = at.finished + 2 * kMost * S::kFinishedPitch * 4;
     if (at.size <= limit) break;
   }
   return at;
@@ -79,12 +103,13 @@ Layout layout_for(const GlmProduct<float>& q, int limit) {
 
 // What a block works on: rows [begin, begin + count) of a task, and some of its right-hand sides.
 struct Chunk {
-  int64_t task, begin, count, first_rhs, num_rhs;
-  int columns, tiles;
+  int64_t task, begin, first_rhs;
+  int count, num_rhs, columns;
 
-  __device__ int rows_of(int tile) const {
-    const int64_t left = count - int64_t(tile) * kTileRows;
-    return static_cast<int>(left < kTileRows ? left : kTileRows);
+  // Rows from `row` on, at most `most`; none past the end.
+  __device__ int rows_from(int row, int most) const {
+    const int left = count - row;
+    return left < 0 ? 0 : left < most ? left : most;
   }
 };
 
@@ -104,44 +129,77 @@ __device__ void wait_copies_but(int pending) {
 }
 
 // `count` elements of four bytes by the lanes of a warp.
-__device__ void copy_words(void* shared, const void* global, int64_t count, int lane) {
-  for (int64_t k = lane; k < count; k += kWarp)
+__device__ void copy_words(void* shared, const void* global, int count, int lane) {
+  MLOPT_UNROLL_BY(1)
+  for (int k = lane; k < count; k += kWarp)
     copy_async4(static_cast<uint32_t*>(shared) + k, static_cast<const uint32_t*>(global) + k, 4);
 }
 
-// Asks for what is read of a tile: eight of the product warps for one row of X each, the last warp for the arguments of
-// f.
-template <typename Stored>
-__device__ void copy_tile(const GlmProduct<float>& q, const Layout& at, const Chunk& chunk, int tile, bool by_16,
-                          unsigned char* shared) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, stage = tile % at.stages;
-  const int rows = chunk.rows_of(tile);
-  const int64_t first = chunk.task * q.rows + chunk.begin + int64_t(tile) * kTileRows;
-  if (warp < kRowWarp) {
-    if (warp >= kTileRows) return;
-    // Rows past the end are read from the last one, and are zeros.
-    const Stored* row = static_cast<const Stored*>(q.x) + (first + (warp < rows ? warp : rows - 1)) * q.features;
-    unsigned char* to = shared + stage * at.tile_bytes() + warp * at.pitch;
-    const int bytes = static_cast<int>(q.features * sizeof(Stored)), width = by_16 ? 16 : 4;
-    const auto* from = reinterpret_cast<const unsigned char*>(row);
-    if (by_16)
-      for (int k = lane * 16; k < bytes; k += kWarp * 16) copy_async16(to + k, from + k, warp < rows ? 16 : 0);
-    else
-      for (int k = lane * width; k < bytes; k += kWarp * width) copy_async4(to + k, from + k, warp < rows ? 4 : 0);
-    return;
+// Asks for what is read of the tiles of a chunk, one after the other: each warp for one row of X, the row warps for the
+// arguments of f of their rows.
+template <typename Stored, typename S>
+struct Copies {
+  const GlmProduct<float>& q;
+  const Layout& at;
+  const Chunk& chunk;
+  unsigned char* shared;
+  int warp, lane;
+  bool by_16;
+  int tile = 0, stage = 0;  // of the next
+  const unsigned char* row;
+
+  __device__ Copies(const GlmProduct<float>& q_, const Layout& at_, const Chunk& chunk_, unsigned char* shared_,
+                    bool by_16_)
+      : q(q_), at(at_), chunk(chunk_), shared(shared_), by_16(by_16_) {
+    warp = threadIdx.x / kWarp;
+    lane = threadIdx.x % kWarp;
+    row = static_cast<const unsigned char*>(q.x) +
+          (chunk.task * q.rows + chunk.begin + warp) * q.features * static_cast<int64_t>(sizeof(Stored));
   }
-  const GlmRows<float>& f = q.rows_function;
-  const int width = static_cast<int>(q.classes), start = stage * kTileRows;
-  if (at.values_per_row > 0) {
-    const float* values = q.forward ? f.values + first * at.values_per_row : q.z + first * width;
-    copy_words(shared + at.values + start * at.values_per_row * 4, values, rows * at.values_per_row, lane);
+
+  __device__ void next() {
+    if (tile * S::kTileRows < chunk.count) {
+      if (warp < S::kTileRows) copy_features();
+      if (warp >= S::kProductWarps) copy_arguments();
+    }
+    commit_copies();
+    row += S::kTileRows * q.features * static_cast<int64_t>(sizeof(Stored));
+    tile += 1;
+    stage = stage + 1 == at.stages ? 0 : stage + 1;
   }
-  if (!q.forward) return;
-  if (f.scales != nullptr)
-    copy_words(shared + at.scales + start * width * 4, f.scales + first * width, rows * width, lane);
-  if (f.weights != nullptr) copy_words(shared + at.weights + start * 4, f.weights + first, rows, lane);
-  if (f.function == kGlmSoftmaxIndex) copy_words(shared + at.labels + start * 8, f.labels + first, 2 * rows, lane);
-}
+
+  __device__ void copy_features() {
+    // Rows past the end are zeros; nothing is read of them, but from a place that exists.
+    const bool exists = tile * S::kTileRows + warp < chunk.count;
+    const auto* from = exists ? row : static_cast<const unsigned char*>(q.x);
+    unsigned char* to = shared + (stage * S::kTileRows + warp) * at.pitch;
+    const int bytes = static_cast<int>(q.features) * static_cast<int>(sizeof(Stored));
+    if (by_16) {
+      MLOPT_UNROLL_BY(1)
+      for (int k = lane * 16; k < bytes; k += kWarp * 16) copy_async16(to + k, from + k, exists ? 16 : 0);
+    } else {
+      MLOPT_UNROLL_BY(1)
+      for (int k = lane * 4; k < bytes; k += kWarp * 4) copy_async4(to + k, from + k, exists ? 4 : 0);
+    }
+  }
+
+  __device__ void copy_arguments() {
+    const GlmRows<float>& f = q.rows_function;
+    const int own = (warp - S::kProductWarps) * S::kRowsPerWarp, width = static_cast<int>(q.classes);
+    const int start = tile * S::kTileRows + own, rows = chunk.rows_from(start, S::kRowsPerWarp);
+    const int to = stage * S::kTileRows + own;
+    const int64_t from = chunk.task * q.rows + chunk.begin + start;
+    if (at.values_per_row > 0) {
+      const float* values = q.forward ? f.values + from * at.values_per_row : q.z + from * width;
+      copy_words(shared + at.values + to * at.values_per_row * 4, values, rows * at.values_per_row, lane);
+    }
+    if (!q.forward) return;
+    if (f.scales != nullptr)
+      copy_words(shared + at.scales + to * width * 4, f.scales + from * width, rows * width, lane);
+    if (f.weights != nullptr) copy_words(shared + at.weights + to * 4, f.weights + from, rows, lane);
+    if (f.function == kGlmSoftmaxIndex) copy_words(shared + at.labels + to * 8, f.labels + from, 2 * rows, lane);
+  }
+};
 
 // Two neighbouring elements of a tile, and one.
 __device__ float2 pair_of(const float* at) { return *reinterpret_cast<const float2*>(at); }
@@ -162,217 +220,318 @@ __device__ void multiply(float (&d)[4], float (&small)[4], const uint32_t (&larg
   mma_tf32(d, large_a, large_b);
 }
 
-// A warp's share of both products: every kProductWarps-th step of kDepth features.
-template <typename Stored, int kSteps>
+// A product warp's share of both products: every kProductWarps-th step of kDepth features. Steps past the last feature
+// multiply zeros by the first features: without branches, more products are on their way at a time.
+template <typename Stored, typename S>
 struct Share {
   static constexpr bool kWhole = sizeof(Stored) == 2;
-  float v[kSteps][4];    // V^T as the left operand of the forward product
-  float sum[kSteps][4];  // f(U)^T X
-  int group, in_group, warp, count = 0;
+  float v[S::kSteps][4];    // V^T as the left operand of the forward product
+  float sum[S::kSteps][4];  // f(U)^T X
+  int group, in_group, warp, features;
 
-  __device__ Share(int lane, int warp_) : group(lane / 4), in_group(lane % 4), warp(warp_) {}
+  __device__ Share(int lane, int warp_, int64_t features_)
+      : group(lane / 4), in_group(lane % 4), warp(warp_), features(static_cast<int>(features_)) {}
 
-  __device__ int feature(int step) const { return (step * kProductWarps + warp) * kDepth; }
-
-  __device__ void load(const GlmProduct<float>& q, const Chunk& chunk) {
-    const int64_t stride = q.stride();
-    const float* from = q.v + (chunk.task * q.rhs + chunk.first_rhs) * q.classes * stride;
-    const int features = static_cast<int>(q.features), steps = (features + kDepth - 1) / kDepth;
-    count = (steps - warp + kProductWarps - 1) / kProductWarps;
-    for (int j = 0; j < kSteps; ++j)
-      for (int i = 0; i < 4; ++i) {
-        // The sum over features may go in any order: their pairs 2t, 2t + 1 are what the unit has as t, t + 4.
-        const int column = group + i % 2 * 8, d = feature(j) + 2 * in_group + i / 2;
-        v[j][i] = q.forward && column < chunk.columns && d < features ? from[column * stride + d] : 0.0f;
-        sum[j][i] = 0.0f;
-      }
+  __device__ int feature(int step) const { return (step * S::kProductWarps + warp) * kDepth; }
+  __device__ int existing(int step) const {
+    return step < S::kSureSteps || feature(step) < features ? feature(step) : 0;
   }
 
-  // Writes this warp's part of U^T for a tile, [kMost, kTileRows].
-  __device__ void forward(const unsigned char* tile, int pitch, float* part) const {
-    float large[4] = {}, small[4] = {};
+  // Of V, packed: a pair of elements is aligned, and the one after the last feature exists.
+  __device__ void load(const GlmProduct<float>& q, const Chunk& chunk) {
+    const int64_t stride = q.stride();
+    const float* from = q.v + (chunk.task * q.rhs + chunk.first_rhs) * q.classes * stride + feature(0) + 2 * in_group;
+    MLOPT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int column = group + half * 8;
+      const bool exists = q.forward && column < chunk.columns;
+      const float* own = from + column * stride;
+      MLOPT_UNROLL
+      for (int j = 0; j < S::kSteps; ++j) {
+        // The sum over features may go in any order: their pairs 2t, 2t + 1 are what the unit has as t, t + 4.
+        const int d = feature(j) + 2 * in_group;
+        float2 pair = {0.0f, 0.0f};
+        if (exists && d < features) pair = *reinterpret_cast<const float2*>(own + (feature(j) - feature(0)));
+        v[j][half] = pair.x;
+        v[j][half + 2] = d + 1 < features ? pair.y : 0.0f;
+        sum[j][half] = sum[j][half + 2] = 0.0f;
+      }
+    }
+  }
+
+  // Writes this warp's part of U^T for a tile, [columns, kTileRows].
+  __device__ void forward(const unsigned char* tile, int pitch, int columns, float* part) const {
+    float large[S::kUnits][4] = {}, small[S::kUnits][4] = {};
     const unsigned char* row = tile + group * pitch + 2 * in_group * sizeof(Stored);
     MLOPT_UNROLL
-    for (int j = 0; j < kSteps; ++j) {
-      if (j >= count) break;
-      const float2 x = pair_of(reinterpret_cast<const Stored*>(row) + feature(j));
+    for (int j = 0; j < S::kSteps; ++j) {
       uint32_t large_v[4], small_v[4];
       for (int i = 0; i < 4; ++i) {
         const Split parts = split(v[j][i]);
         large_v[i] = parts.large;
         small_v[i] = parts.small;
       }
-      multiply<kWhole>(large, small, large_v, small_v, x.x, x.y);
+      MLOPT_UNROLL
+      for (int unit = 0; unit < S::kUnits; ++unit) {
+        const float2 x = pair_of(reinterpret_cast<const Stored*>(row + unit * kUnitRows * pitch) + existing(j));
+        multiply<kWhole>(large[unit], small[unit], large_v, small_v, x.x, x.y);
+      }
     }
-    float* to = part + group * kTileRows + 2 * in_group;
-    to[0] = large[0] + small[0];
-    to[1] = large[1] + small[1];
-    to[8 * kTileRows] = large[2] + small[2];
-    to[8 * kTileRows + 1] = large[3] + small[3];
+    MLOPT_UNROLL
+    for (int unit = 0; unit < S::kUnits; ++unit) {
+      float* to = part + group * S::kPartPitch + unit * kUnitRows + 2 * in_group;
+      if (group < columns)
+        *reinterpret_cast<float2*>(to) = {large[unit][0] + small[unit][0], large[unit][1] + small[unit][1]};
+      if (group + 8 < columns)
+        *reinterpret_cast<float2*>(to + 8 * S::kPartPitch) = {large[unit][2] + small[unit][2],
+                                                              large[unit][3] + small[unit][3]};
+    }
   }
 
   // sum += f(U)^T X for a tile; `finished` is f(U)^T.
   __device__ void backward(const unsigned char* tile, int pitch, const float* finished) {
-    uint32_t large_u[4], small_u[4];
-    for (int i = 0; i < 4; ++i) {
-      const Split parts = split(finished[(group + i % 2 * 8) * kFinishedPitch + in_group + i / 2 * 4]);
-      large_u[i] = parts.large;
-      small_u[i] = parts.small;
-    }
-    const auto* upper = reinterpret_cast<const Stored*>(tile + in_group * pitch) + group;
-    const auto* lower = reinterpret_cast<const Stored*>(tile + (in_group + 4) * pitch) + group;
     MLOPT_UNROLL
-    for (int j = 0; j < kSteps; ++j) {
-      if (j >= count) break;
-      multiply<kWhole>(sum[j], sum[j], large_u, small_u, widened(upper[feature(j)]), widened(lower[feature(j)]));
+    for (int unit = 0; unit < S::kUnits; ++unit) {
+      uint32_t large_u[4], small_u[4];
+      const float* from = finished + unit * kUnitRows + in_group;
+      for (int i = 0; i < 4; ++i) {
+        const Split parts = split(from[(group + i % 2 * 8) * S::kFinishedPitch + i / 2 * 4]);
+        large_u[i] = parts.large;
+        small_u[i] = parts.small;
+      }
+      const auto* upper = reinterpret_cast<const Stored*>(tile + (unit * kUnitRows + in_group) * pitch) + group;
+      const auto* lower = reinterpret_cast<const Stored*>(tile + (unit * kUnitRows + in_group + 4) * pitch) + group;
+      MLOPT_UNROLL
+      for (int j = 0; j < S::kSteps; ++j)
+        multiply<kWhole>(sum[j], sum[j], large_u, small_u, widened(upper[existing(j)]), widened(lower[existing(j)]));
     }
   }
 
   __device__ void store(const GlmProduct<float>& q, const Chunk& chunk, float* partial) const {
     const int64_t stride = q.stride();
-    for (int j = 0; j < kSteps; ++j)
-      for (int i = 0; i < 4; ++i) {
-        const int column = group + i / 2 * 8, d = feature(j) + 2 * in_group + i % 2;
-        if (j < count && column < chunk.columns && d < q.features) partial[column * stride + d] = sum[j][i];
+    MLOPT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int column = group + half * 8;
+      float* own = partial + column * stride + feature(0) + 2 * in_group;
+      MLOPT_UNROLL
+      for (int j = 0; j < S::kSteps; ++j) {
+        const int d = feature(j) + 2 * in_group;
+        if (column >= chunk.columns || d >= features) continue;
+        float* to = own + (feature(j) - feature(0));
+        if (d + 1 < features)
+          *reinterpret_cast<float2*>(to) = {sum[j][2 * half], sum[j][2 * half + 1]};
+        else
+          *to = sum[j][2 * half];
       }
+    }
   }
 };
 
-// The work of the last warp: U from its parts, then f, for the tiles of a chunk.
+// The lanes that work on a row together.
+template <int kSize>
+struct RowTeam {
+  static constexpr int step = kSize;
+  int first;
+
+  template <typename T>
+  __device__ T sum(T own) const {
+    for (int k = step / 2; k > 0; k /= 2) own += __shfl_xor_sync(0xffffffffu, own, k);
+    return own;
+  }
+  template <typename T>
+  __device__ T largest(T own) const {
+    for (int k = step / 2; k > 0; k /= 2) {
+      const T other = __shfl_xor_sync(0xffffffffu, own, k);
+      own = other > own ? other : own;
+    }
+    return own;
+  }
+  __device__ void meet() const { __syncwarp(); }
+};
+
+// The work of a row warp: U from its parts, then f, for its rows of the tiles of a chunk.
+template <typename S>
 struct RowsOfTile {
   const GlmProduct<float>& q;
   const Layout& at;
   const Chunk& chunk;
   unsigned char* shared;
-  int lane;
+  int lane, own;  // own: the first row of a tile
   double loss = 0;
   float bias = 0;  // of the lane's column: the sum over rows
 
   __device__ float* floats(int offset) const { return reinterpret_cast<float*>(shared + offset); }
 
-  // The arguments of f for the rows of a tile, where they were copied to.
-  __device__ GlmRows<float> arguments(int tile, int64_t first) const {
+  // The arguments of f where they were copied to, for rows that are counted from the first place there.
+  __device__ GlmRows<float> arguments(int64_t first, int place) const {
     GlmRows<float> f = q.rows_function;
-    const int start = tile % at.stages * kTileRows;
     if (f.values != nullptr)
-      f.values = at.values_per_row > 0 ? floats(at.values) + start * at.values_per_row
-                                       : f.values + first * q.classes * q.classes;  // a block per row
-    if (f.scales != nullptr) f.scales = floats(at.scales) + start * q.classes;
-    if (f.weights != nullptr) f.weights = floats(at.weights) + start;
-    if (f.labels != nullptr) f.labels = reinterpret_cast<const int64_t*>(shared + at.labels) + start;
+      f.values = at.values_per_row > 0 ? floats(at.values) : f.values + (first - place) * q.classes * q.classes;
+    if (f.scales != nullptr) f.scales = floats(at.scales);
+    if (f.weights != nullptr) f.weights = floats(at.weights);
+    if (f.labels != nullptr) f.labels = reinterpret_cast<const int64_t*>(shared + at.labels);
     return f;
   }
 
-  __device__ void run(int tile) {
-    const int rows = chunk.rows_of(tile), width = static_cast<int>(q.classes);
-    const int64_t row0 = chunk.begin + int64_t(tile) * kTileRows;
-    float* u = floats(at.scratch);
-    if (q.forward) {
-      const float* parts = floats(at.parts) + tile % 2 * kProductWarps * kMost * kTileRows;
-      const int64_t stride = q.stride();
-      const float* v = q.v + (chunk.task * q.rhs + chunk.first_rhs) * q.classes * stride;
-      for (int k = lane; k < kMost * kTileRows; k += kWarp) {
-        const int column = k / kTileRows;
-        float sum = q.bias && column < chunk.columns ? v[column * stride + q.features] : 0.0f;
-        for (int w = 0; w < kProductWarps; ++w) sum += parts[w * kMost * kTileRows + k];
-        u[k % kTileRows * kScratchPitch + column] = sum;
-      }
-    } else {
-      const float* given = floats(at.values) + tile % at.stages * kTileRows * width;
-      for (int k = lane; k < rows * width; k += kWarp) u[k / width * kScratchPitch + k % width] = given[k];
-    }
-    __syncwarp();
-    if (q.forward) {
-      const GlmRows<float> f = arguments(tile, chunk.task * q.rows + row0);
-      const bool is_loss = glm_is_loss(f.function);
-      for (int k = lane; k < rows * static_cast<int>(chunk.num_rhs); k += kWarp) {
-        const int row = k % rows, j = k / rows;
-        float* mine = u + row * kScratchPitch + j * width;
-        float* other = q.z == nullptr
-                           ? nullptr
-                           : q.z + ((chunk.task * q.rhs + chunk.first_rhs + j) * q.rows + row0 + row) * q.classes;
-        loss += glm_row(f, row, q.classes, mine, is_loss ? other : nullptr);
-        if (!q.backward)
-          for (int c = 0; c < width; ++c) other[c] = mine[c];
-      }
+  __device__ void run(int tile, int stage) {
+    const int width = static_cast<int>(q.classes), start = tile * S::kTileRows + own;
+    const int rows = chunk.rows_from(start, S::kRowsPerWarp), place = stage * S::kTileRows + own;
+    const float* parts = floats(at.parts) + own;
+    const float* given = floats(at.values) + place * width;
+    float* finished = floats(at.finished) + tile % 2 * kMost * S::kFinishedPitch + own;
+    const GlmRows<float> f = arguments(chunk.task * q.rows + chunk.begin + start, place);
+    const bool is_loss = glm_is_loss(f.function);
+    const RowTeam<S::kTeam> team{lane % S::kTeam};
+    const int row = lane / S::kTeam;
+    const bool exists = row < rows;
+    for (int rhs = 0; rhs < chunk.num_rhs; ++rhs) {
+      const int first = rhs * width;
+      float* u = floats(at.scratch) + (own + row) * kScratchPitch + first;
+      for (int c = team.first; c < width; c += team.step)
+        u[c] = q.forward ? product(parts, row, first + c) : given[row * width + c];
       __syncwarp();
+      if (q.forward && rows > 0) {  // for all lanes, as teams need it; rows past the end do what the first does
+        float* other = nullptr;
+        if (exists && q.z != nullptr)
+          other = q.z + ((chunk.task * q.rhs + chunk.first_rhs + rhs) * q.rows + chunk.begin + start + row) * q.classes;
+        const float part = glm_row(f, place + (exists ? row : 0), width, u, is_loss ? other : nullptr, team);
+        if (exists) loss += part;
+        if (exists && !q.backward)
+          for (int c = team.first; c < width; c += team.step) other[c] = u[c];
+      }
+      if (q.backward)
+        for (int c = team.first; c < width; c += team.step)
+          finished[(first + c) * S::kFinishedPitch + row] = exists ? u[c] : 0.0f;
     }
-    if (!q.backward) return;
-    float* finished = floats(at.finished) + tile % 2 * kMost * kFinishedPitch;
-    for (int k = lane; k < kMost * kTileRows; k += kWarp) {
-      const int column = k / kTileRows, row = k % kTileRows;
-      const bool exists = column < chunk.columns && row < rows;
-      finished[column * kFinishedPitch + row] = exists ? u[row * kScratchPitch + column] : 0.0f;
-    }
-    if (q.bias && lane < chunk.columns)
-      for (int row = 0; row < rows; ++row) bias += u[row * kScratchPitch + lane];
+    if (!q.bias || !q.backward) return;
     __syncwarp();
+    if (lane < chunk.columns)
+      for (int row = 0; row < S::kRowsPerWarp; ++row) bias += finished[lane * S::kFinishedPitch + row];
   }
 
-  // The bias, the zeros behind it, and the chunk's loss.
+  // An element of U: the sum of its parts.
+  __device__ float product(const float* parts, int row, int column) const {
+    float sum = 0.0f;
+    if (q.bias) sum = q.v[((chunk.task * q.rhs + chunk.first_rhs) * q.classes + column) * q.stride() + q.features];
+    MLOPT_UNROLL
+    for (int w = 0; w < S::kProductWarps; ++w) sum += parts[w * at.part_size + column * S::kPartPitch + row];
+    return sum;
+  }
+
+  // Bias and loss of all row warps, where the parts of U were: a row of kMost + 2 elements each.
+  __device__ void leave(int row_warp) {
+    for (int step = kWarp / 2; step > 0; step /= 2) loss += __shfl_xor_sync(0xffffffffu, loss, step);
+    float* to = floats(at.parts) + row_warp * (kMost + 2);
+    if (lane < kMost) to[lane] = bias;
+    if (lane == 0) *reinterpret_cast<double*>(to + kMost) = loss;
+  }
+
+  // The bias, the zeros behind it, and the chunk's loss, by the first row warp.
   __device__ void store(float* partial, float* losses) {
     const int64_t stride = q.stride();
+    const float* from = floats(at.parts);
+    double total = 0;
+    float sum = 0;
+    for (int w = 0; w < S::kRowWarps; ++w, from += kMost + 2) {
+      total += *reinterpret_cast<const double*>(from + kMost);
+      if (lane < kMost) sum += from[lane];
+    }
     if (q.backward && lane < chunk.columns)
-      for (int64_t d = q.features; d < stride; ++d)
-        partial[lane * stride + d] = q.bias && d == q.features ? bias : 0.0f;
-    for (int step = kWarp / 2; step > 0; step /= 2) loss += __shfl_xor_sync(0xffffffffu, loss, step);
-    if (lane == 0 && glm_is_loss(q.rows_function.function)) *losses = static_cast<float>(loss);
+      for (int64_t d = q.features; d < stride; ++d) partial[lane * stride + d] = q.bias && d == q.features ? sum : 0.0f;
+    if (lane == 0 && glm_is_loss(q.rows_function.function)) *losses = static_cast<float>(total);
   }
 };
 
-// Block (x, y): chunk x of the task and the right-hand sides y.
-template <typename Stored, int kSteps>
-__global__ void __launch_bounds__(kTensorThreads, 1)
-    glm_tensor_kernel(GlmProduct<float> q, Layout at, int passes, bool by_16) {
-  MLOPT_DYNAMIC_SHARED(shared);
+// Where a block's warps are in the tiles of a chunk, and its barriers: the same ones for product warps and row warps,
+// which come to them from loops of their own, so that neither holds registers for the other's work.
+template <typename Stored, typename S>
+struct Tiles {
+  Copies<Stored, S> copies;
+  int stages, count, tile = 0, stage = 0;
+
+  __device__ Tiles(const GlmProduct<float>& q, const Layout& at, const Chunk& chunk, unsigned char* shared, bool by_16)
+      : copies(q, at, chunk, shared, by_16), stages(at.stages), count((chunk.count + S::kTileRows - 1) / S::kTileRows) {
+    for (int k = 0; k < stages - kWorkedOn; ++k) copies.next();
+  }
+
+  // After it the tile is there, if there is one, and all are done with the one before the last, whose place the next
+  // copy takes.
+  __device__ void wait() {
+    wait_copies_but(stages - kWorkedOn - 1);
+    meet_block();
+    copies.next();
+  }
+  __device__ void advance() {
+    tile += 1;
+    stage = stage + 1 == stages ? 0 : stage + 1;
+  }
+};
+
+template <typename Stored, typename S>
+__device__ void work_on_products(const GlmProduct<float>& q, const Layout& at, const Chunk& chunk, float* partial,
+                                 bool by_16, unsigned char* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  Tiles<Stored, S> tiles(q, at, chunk, shared, by_16);
+  Share<Stored, S> share(lane, warp, q.features);
+  share.load(q, chunk);
+  float* part = reinterpret_cast<float*>(shared + at.parts) + warp * at.part_size;
+  const float* finished = reinterpret_cast<const float*>(shared + at.finished);
+  const unsigned char* before = nullptr;  // the tile before
+  for (; tiles.tile <= tiles.count; tiles.advance()) {
+    const unsigned char* now = shared + tiles.stage * S::kTileRows * at.pitch;
+    tiles.wait();
+    if (q.forward && tiles.tile < tiles.count) share.forward(now, at.pitch, chunk.columns, part);
+    meet_block();
+    if (q.backward && tiles.tile > 0)
+      share.backward(before, at.pitch, finished + (tiles.tile - 1) % 2 * kMost * S::kFinishedPitch);
+    before = now;
+  }
+  if (q.backward) share.store(q, chunk, partial);
+}
+
+template <typename Stored, typename S>
+__device__ void work_on_rows(const GlmProduct<float>& q, const Layout& at, const Chunk& chunk, bool by_16,
+                             unsigned char* shared) {
+  const int row_warp = threadIdx.x / kWarp - S::kProductWarps;
+  Tiles<Stored, S> tiles(q, at, chunk, shared, by_16);
+  RowsOfTile<S> rows{q, at, chunk, shared, static_cast<int>(threadIdx.x % kWarp), row_warp * S::kRowsPerWarp};
+  for (; tiles.tile <= tiles.count; tiles.advance()) {
+    tiles.wait();
+    meet_block();  // the parts of U are there
+    if (tiles.tile < tiles.count) rows.run(tiles.tile, tiles.stage);
+  }
+  rows.leave(row_warp);
+}
+
+// Block (x, y): chunk x of the task and the right-hand sides y.
+template <typename Stored, typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    glm_tensor_kernel(GlmProduct<float> q, Layout at, int per_pass, int passes, bool by_16) {
+  MLOPT_DYNAMIC_SHARED(shared);
   // Features past the end, in rows whose length is not a multiple of a step's, stay zero.
-  const int features = static_cast<int>(q.features);
-  for (int row = threadIdx.x; row < at.stages * kTileRows; row += kTensorThreads)
+  const int features = static_cast<int>(q.features), warp = threadIdx.x / kWarp;
+  for (int row = threadIdx.x; row < at.stages * S::kTileRows; row += S::kThreads)
     for (int d = features; d % kDepth != 0; ++d) reinterpret_cast<Stored*>(shared + row * at.pitch)[d] = Stored{};
   __syncthreads();
   for (int64_t unit = blockIdx.y; unit < q.tasks * passes; unit += gridDim.y) {
-    const int64_t per_pass = kMost / q.classes;
     Chunk chunk{};
     chunk.task = unit / passes;
     chunk.first_rhs = unit % passes * per_pass;
-    chunk.num_rhs = q.rhs - chunk.first_rhs < per_pass ? q.rhs - chunk.first_rhs : per_pass;
-    chunk.columns = static_cast<int>(chunk.num_rhs * q.classes);
+    chunk.num_rhs = static_cast<int>(q.rhs - chunk.first_rhs < per_pass ? q.rhs - chunk.first_rhs : per_pass);
+    chunk.columns = chunk.num_rhs * static_cast<int>(q.classes);
     chunk.begin = blockIdx.x * q.chunk_rows;
-    chunk.count = q.rows - chunk.begin < q.chunk_rows ? q.rows - chunk.begin : q.chunk_rows;
-    chunk.tiles = static_cast<int>((chunk.count + kTileRows - 1) / kTileRows);
-    const int ahead = at.stages - kTurns;
-    for (int tile = 0; tile < ahead; ++tile) {
-      if (tile < chunk.tiles) copy_tile<Stored>(q, at, chunk, tile, by_16, shared);
-      commit_copies();
-    }
+    chunk.count = static_cast<int>(q.rows - chunk.begin < q.chunk_rows ? q.rows - chunk.begin : q.chunk_rows);
     float* partial =
         q.partials + (chunk.task * q.num_chunks() + blockIdx.x) * glm_partial_size(q.columns(), q.stride());
     float* own = partial + chunk.first_rhs * q.classes * q.stride();
-    RowsOfTile rows{q, at, chunk, shared, lane};
-    Share<Stored, kSteps> share(lane, warp);
-    if (warp != kRowWarp) share.load(q, chunk);
-    float* parts = reinterpret_cast<float*>(shared + at.parts);
-    const float* finished = reinterpret_cast<const float*>(shared + at.finished);
-    for (int turn = 0; turn < chunk.tiles + kTurns - 1; ++turn) {
-      wait_copies_but(ahead - 1);
-      __syncthreads();
-      if (turn + ahead < chunk.tiles) copy_tile<Stored>(q, at, chunk, turn + ahead, by_16, shared);
-      commit_copies();
-      if (warp == kRowWarp) {
-        if (turn >= 1 && turn <= chunk.tiles) rows.run(turn - 1);
-        continue;
-      }
-      if (turn >= 2 && q.backward)
-        share.backward(shared + (turn - 2) % at.stages * at.tile_bytes(), at.pitch,
-                       finished + (turn - 2) % 2 * kMost * kFinishedPitch);
-      if (turn < chunk.tiles && q.forward)
-        share.forward(shared + turn % at.stages * at.tile_bytes(), at.pitch,
-                      parts + (turn % 2 * kProductWarps + warp) * kMost * kTileRows);
-    }
-    if (warp == kRowWarp) rows.store(own, partial + q.columns() * (q.stride() + kGlmRowBlock));
-    if (warp != kRowWarp && q.backward) share.store(q, chunk, own);
-    __syncthreads();  // the next task overwrites the tiles
+    if (warp < S::kProductWarps)
+      work_on_products<Stored, S>(q, at, chunk, own, by_16, shared);
+    else
+      work_on_rows<Stored, S>(q, at, chunk, by_16, shared);
+    __syncthreads();  // all have left their sums of rows; the next task may overwrite the tiles
+    if (warp == S::kProductWarps)
+      RowsOfTile<S>{q, at, chunk, shared, static_cast<int>(threadIdx.x % kWarp), 0}.store(
+          own, partial + q.columns() * (q.stride() + kGlmRowBlock));
   }
 }
 
@@ -403,15 +562,18 @@ bool allow_shared(Kernel kernel, int bytes) {
 }
 #endif
 
-template <typename Stored, int kSteps>
-bool launch(const GlmProduct<float>& q, const Layout& at, mlopt_stream stream) {
-  if (!allow_shared(glm_tensor_kernel<Stored, kSteps>, at.size)) return false;
-  const int passes = static_cast<int>((q.rhs + kMost / q.classes - 1) / (kMost / q.classes));
+// Whether the product was launched in this shape.
+template <typename Stored, typename S>
+bool launch(const GlmProduct<float>& q, int shared_bytes, mlopt_stream stream) {
+  if (q.features < S::kFewestFeatures || q.features > S::kMostFeatures) return false;
+  const Layout at = layout_for<Stored, S>(q, shared_bytes);
+  if (at.stages < kFewestStages || !allow_shared(glm_tensor_kernel<Stored, S>, at.size)) return false;
+  const int per_pass = static_cast<int>(rhs_per_pass(q)), passes = static_cast<int>((q.rhs + per_pass - 1) / per_pass);
   const int64_t units = q.tasks * passes;
   const dim3 grid(static_cast<unsigned>(q.num_chunks()),
                   static_cast<unsigned>(units < kMostTasks ? units : kMostTasks));
   const bool by_16 = reinterpret_cast<uintptr_t>(q.x) % 16 == 0 && q.features * sizeof(Stored) % 16 == 0;
-  MLOPT_LAUNCH_SHARED((glm_tensor_kernel<Stored, kSteps>), grid, dim3(kTensorThreads), at.size, stream, q, at, passes,
+  MLOPT_LAUNCH_SHARED((glm_tensor_kernel<Stored, S>), grid, dim3(S::kThreads), at.size, stream, q, at, per_pass, passes,
                       by_16);
   return true;
 }
@@ -420,14 +582,10 @@ template <typename Stored>
 bool sweep(const GlmProduct<float>& q, mlopt_stream stream) {
   // Rows of halves whose length is odd are aligned to two bytes only.
   if (q.features * sizeof(Stored) % 4 != 0 || reinterpret_cast<uintptr_t>(q.x) % 4 != 0) return false;
-  const Device device = device_at_hand();
-  const Layout at = layout_for<Stored>(q, device.shared_bytes);
-  if (at.stages < kFewestStages) return false;
-  constexpr int kFeaturesPerStep = kProductWarps * kDepth;
-  static_assert(kGlmTensorMostFeatures == 16 * kFeaturesPerStep);
-  if (q.features <= 4 * kFeaturesPerStep) return launch<Stored, 4>(q, at, stream);
-  if (q.features <= 12 * kFeaturesPerStep) return launch<Stored, 12>(q, at, stream);
-  return launch<Stored, 16>(q, at, stream);
+  const int bytes = device_at_hand().shared_bytes;
+  return launch<Stored, Few>(q, bytes, stream) || launch<Stored, Some>(q, bytes, stream) ||
+         launch<Stored, Many>(q, bytes, stream) || launch<Stored, More>(q, bytes, stream) ||
+         launch<Stored, Most>(q, bytes, stream);
 }
 
 }  // namespace
@@ -449,7 +607,7 @@ int64_t glm_chunk_rows_cuda(int64_t tasks, int64_t rows, int64_t features, int64
   const int64_t passes = (rhs + kMost / classes - 1) / (kMost / classes), units = std::max<int64_t>(1, tasks * passes);
   const int64_t chunks = std::max<int64_t>(1, device_at_hand().multiprocessors / units);
   const int64_t fewest = std::max<int64_t>(kGlmRowBlock, 2 * rhs * classes);  // see glm_chunk_rows
-  return round_up(std::max(fewest, (rows + chunks - 1) / chunks), kTileRows);
+  return round_up(std::max(fewest, (rows + chunks - 1) / chunks), kUnitRows);
 }
 
 }  // namespace mlopt

@@ -158,6 +158,10 @@ inline void run_block(std::vector<Fiber>& fibers) {
 
 // One-dimensional blocks are all that the kernels use.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || block.x == 0 || block.x > 1024) {
+    std::fprintf(stderr, "cuda emulation: no device runs %u x %u blocks of %u threads\n", grid.x, grid.y, block.x);
+    std::exit(1);
+  }
   body = &kernel;
   gridDim = grid;
   blockDim = block;

@@ -18,9 +18,9 @@ struct GlmShape {
 
 // Empty axes, one of everything, and sizes around lanes, tiles, row blocks and chunks.
 inline const std::vector<GlmShape> kGlmShapes = {
-    {0, 1, 3, 2, 1, true},    {1, 0, 3, 2, 1, false},     {1, 1, 0, 3, 2, true},     {1, 1, 5, 0, 2, true},
-    {1, 1, 1, 1, 1, false},   {2, 1, 31, 15, 2, true},    {1, 3, 33, 17, 7, false},  {2, 9, 32, 16, 5, true},
-    {1, 1, 65, 64, 32, true}, {1, 2, 300, 33, 13, false}, {1, 1, 2000, 40, 10, true}};
+    {1, 1, 7, 0, 2, false},  {0, 1, 3, 2, 1, true},    {1, 0, 3, 2, 1, false},     {1, 1, 0, 3, 2, true},
+    {1, 1, 5, 0, 2, true},   {1, 1, 1, 1, 1, false},   {2, 1, 31, 15, 2, true},    {1, 3, 33, 17, 7, false},
+    {2, 9, 32, 16, 5, true}, {1, 1, 65, 64, 32, true}, {1, 2, 300, 33, 13, false}, {1, 1, 2000, 40, 10, true}};
 
 // All that a product, a solve or a descent needs, owned.
 template <typename T>

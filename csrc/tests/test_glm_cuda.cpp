@@ -66,7 +66,9 @@ void test_halves(GlmStorage storage, int64_t features) {
 void test_tensor_cores() {
   const GlmShape shapes[] = {{1, 1, 5, 64, 16, false},
                              {2, 5, 20, 70, 7, true},
+                             {1, 1, 0, 72, 3, true},
                              {1, 1, 100, 356, 10, true},
+                             {1, 1, 37, 784, 10, false},
                              {1, 1, 9, 1060, 3, true},
                              {1, 1, 17, 1408, 1, false}};
   for (const auto& shape : shapes) {
@@ -80,6 +82,7 @@ void test_tensor_cores() {
       check_close(got.out, expected.out);
     }
   }
+  test_product<float>({1, 2, 150, 68, 4, true}, 128);  // more tiles than have a place at a time
   for (const auto [tasks, rows, rhs] : {std::array<int64_t, 3>{1, 20000, 1}, {32, 25, 1}, {1, 7, 4}, {1, 0, 1}}) {
     const int64_t chunk = glm_chunk_rows_cuda(tasks, rows, 784, 10, rhs, false);
     CHECK(chunk % 8 == 0 && chunk >= 20 * rhs && glm_num_chunks(rows, chunk) <= 3);  // the stand-in has three

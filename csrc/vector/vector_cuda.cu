@@ -59,16 +59,26 @@ bool aligned(int64_t rows, int64_t n, int64_t element, Pointers... pointers) {
   return (rows == 1 || n * element % 16 == 0) && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-// Calls `pack(i)` for the places [i, i + Pack::kSize) of part `part` of a row, and `one(i)` for what is left over.
-template <typename T, typename OfPack, typename OfOne>
+// Calls `pack(i)` for the places [i, i + Pack::kSize) of the block's part of a row, and `one(i)` for what is left over.
+// Backwards, what the kernel before has read or written last comes first: where a vector is larger than the L2 cache,
+// that is still there.
+template <typename T, bool kBackwards = false, typename OfPack, typename OfOne>
 __device__ void for_part(int64_t row, int64_t n, const Parts& parts, bool by_16, OfPack pack, OfOne one) {
   constexpr int kSize = Pack<T>::kSize;
   const int64_t begin = row * n + blockIdx.x * parts.size;
   const int64_t end = blockIdx.x + 1 < parts.count ? begin + parts.size : (row + 1) * n;
   const int64_t whole = by_16 ? begin + (end - begin) / kSize * kSize : begin;
-  MLOPT_UNROLL_BY(2)
-  for (int64_t i = begin + threadIdx.x * kSize; i < whole; i += kThreads * kSize) pack(i);
-  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) one(i);
+  const int64_t first = begin + threadIdx.x * kSize, step = kThreads * kSize;
+  if constexpr (kBackwards) {
+    for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) one(i);
+    if (first >= whole) return;
+    MLOPT_UNROLL_BY(2)
+    for (int64_t i = first + (whole - 1 - first) / step * step; i >= first; i -= step) pack(i);
+  } else {
+    MLOPT_UNROLL_BY(2)
+    for (int64_t i = first; i < whole; i += step) pack(i);
+    for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) one(i);
+  }
 }
 
 // Sum of a row's partials; every thread of the block gets it.
@@ -112,7 +122,7 @@ __global__ void cg_residual_kernel(CgParams<T> q, Parts parts, bool by_16) {
     const auto decision = cg_decide(state, fold_partials(q.pap_partials, row, parts.count));
     if (decision.status != kRunning) continue;
     T sum = 0;
-    for_part<T>(
+    for_part<T, true>(
         row, q.n, parts, by_16,
         [&](int64_t i) {
           Pack<T> r = load(q.r + i);

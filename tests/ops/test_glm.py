@@ -238,10 +238,11 @@ def test_cg_agrees_with_the_solver_of_linalg(device):
             rtol=rtol, max_steps=steps,
         )  # fmt: skip
         # Past a few steps roundings decide how the residual shrinks: what two correct solvers share is what each of
-        # them promises, the tolerance; it is asked to a hundredth.
+        # them promises, the tolerance; it is asked to a hundredth. Which step reaches it may differ by one.
         factor = 100 if steps == 3 else 0.01 * rtol / EPS[torch.float64]
         assert_close(torch.cat([got.q.flatten(1), got.q_bias], 1), expected.value, torch.float64, factor)
-        assert torch.equal(ops.CgState(got.state).num_steps.long(), expected.num_steps)
+        apart = (ops.CgState(got.state).num_steps.long() - expected.num_steps).abs()
+        assert apart[1] == 0 and apart.max() <= (0 if steps == 3 else 1)
 
 
 @everywhere
