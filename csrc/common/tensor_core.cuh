@@ -10,21 +10,17 @@
 namespace mlopt {
 
 #ifdef MLOPT_CUDA_EMULATION
+using emulation::commit_copies;
 using emulation::mma_tf32;
+using emulation::wait_copies;
 
 inline void meet_block() { __syncthreads(); }
-
 inline void copy_async16(void* shared, const void* global, int bytes) {
-  std::memset(shared, 0, 16);
-  std::memcpy(shared, global, bytes);
+  emulation::copy_async({shared, global, 16, bytes});
 }
 inline void copy_async4(void* shared, const void* global, int bytes) {
-  std::memset(shared, 0, 4);
-  std::memcpy(shared, global, bytes);
+  emulation::copy_async({shared, global, 4, bytes});
 }
-inline void commit_copies() {}
-template <int kPending>
-void wait_copies() {}
 #else
 // d += a b for a of 16 x 8 and b of 8 x 8, spread over the lanes of a warp. With g = lane / 4 and t = lane % 4: a is
 // (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b is (t, g), (t + 4, g); d is (g, 2t), (g, 2t + 1), (g + 8, 2t),

@@ -3,8 +3,9 @@
 // A kernel compiles as an ordinary function. Its blocks run one after another; the threads of a block run as fibers
 // (ucontext) that switch at __syncthreads and at what a warp does together. That checks indexing, tails, reductions and
 // the placement of barriers: a block or warp whose threads wait at different barriers, or of which some end while
-// others wait, is an error. It cannot check races inside a warp, memory ordering (copies are made at once, so a missing
-// wait for them goes unnoticed), or speed. Under AddressSanitizer it finds accesses out of bounds.
+// others wait, is an error. Run under both schedules below, it also shows what lacks a barrier between warps, or a wait
+// for copies that go on in the meantime. It cannot check all orders of memory accesses, or speed. Under AddressSanitizer
+// it finds accesses out of bounds.
 #pragma once
 
 #include <ucontext.h>
@@ -68,6 +69,14 @@ inline Fiber* current = nullptr;
 inline const std::function<void()>* body = nullptr;
 inline std::vector<unsigned char> dynamic_shared;
 
+// In what order the threads between two barriers run, and when the copies into shared memory are made that go on in the
+// meantime: as they are asked for, or at the last moment, when they are waited for. A GPU may do either; a barrier or a
+// wait that is missing shows in one of them.
+struct Schedule {
+  bool backwards = false, late_copies = false;
+};
+inline Schedule schedule;
+
 inline void wait_at_barrier(State state, const char* file, int line) {
   current->state = state;
   current->file = file;
@@ -128,7 +137,8 @@ inline void run_warp(std::vector<Fiber>& fibers, size_t begin, size_t end) {
   const auto is = [](State state) { return [state](const Fiber& fiber) { return fiber.state == state; }; };
   const auto first = fibers.begin() + begin, last = fibers.begin() + end;
   while (std::any_of(first, last, is(kReady))) {
-    for (size_t t = begin; t < end; ++t) {
+    for (size_t k = begin; k < end; ++k) {
+      const size_t t = schedule.backwards ? end - 1 - (k - begin) : k;
       if (fibers[t].state != kReady) continue;
       threadIdx = dim3(static_cast<unsigned>(t), 0, 0);
       current = &fibers[t];
@@ -149,8 +159,11 @@ inline void run_block(std::vector<Fiber>& fibers) {
   }
   const size_t count = fibers.size();
   while (true) {
-    for (size_t begin = 0; begin < count; begin += kWarpSize)
+    const size_t warps = (count + kWarpSize - 1) / kWarpSize;
+    for (size_t k = 0; k < warps; ++k) {
+      const size_t begin = (schedule.backwards ? warps - 1 - k : k) * kWarpSize;
       run_warp(fibers, begin, std::min(begin + kWarpSize, count));
+    }
     if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == kDone; })) return;
     release(fibers.data(), count);
   }
@@ -175,6 +188,35 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
 }
 
 // ---- what csrc/common/tensor_core.cuh has instructions for ----
+
+struct Copy {
+  void* shared;
+  const void* global;
+  int size, bytes;  // the bytes after the first `bytes` are zeros
+
+  void make() const {
+    std::memset(shared, 0, size);
+    std::memcpy(shared, global, bytes);
+  }
+};
+// Of each thread: its groups of copies that are not made yet; the last one is still open.
+inline std::vector<std::vector<std::vector<Copy>>> copies(1024, {{}});
+
+inline void copy_async(const Copy& copy) {
+  if (schedule.late_copies)
+    copies[threadIdx.x].back().push_back(copy);
+  else
+    copy.make();
+}
+inline void commit_copies() { copies[threadIdx.x].emplace_back(); }
+template <int kPending>
+void wait_copies() {
+  auto& groups = copies[threadIdx.x];
+  while (groups.size() > kPending + 1) {
+    for (const Copy& copy : groups.front()) copy.make();
+    groups.erase(groups.begin());
+  }
+}
 
 inline float tf32_bits(uint32_t bits) {  // the unit ignores the last 13 bits
   bits &= 0xffffe000u;

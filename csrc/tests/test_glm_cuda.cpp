@@ -64,12 +64,8 @@ void test_halves(GlmStorage storage, int64_t features) {
 // The sweep on tensor cores: every count of steps per warp, rows of X that are copied by 4 and by 16 bytes, tiles and
 // chunks that are not full, several tasks and passes over right-hand sides.
 void test_tensor_cores() {
-  const GlmShape shapes[] = {{1, 1, 5, 64, 16, false},
-                             {2, 5, 20, 70, 7, true},
-                             {1, 1, 0, 72, 3, true},
-                             {1, 1, 100, 356, 10, true},
-                             {1, 1, 37, 784, 10, false},
-                             {1, 1, 9, 1060, 3, true},
+  const GlmShape shapes[] = {{1, 1, 5, 64, 16, false},   {2, 5, 20, 70, 7, true},    {1, 1, 0, 72, 3, true},
+                             {1, 1, 100, 356, 10, true}, {1, 1, 37, 784, 10, false}, {1, 1, 9, 1060, 3, true},
                              {1, 1, 17, 1408, 1, false}};
   for (const auto& shape : shapes) {
     CHECK(glm_fits_tensor_cores(shape.features, shape.classes));
@@ -147,7 +143,11 @@ void run() {
 int main() {
   mlopt::testing::run<float>();
   mlopt::testing::run<double>();
-  mlopt::testing::test_tensor_cores();
+  for (const bool other : {false, true}) {
+    mlopt::emulation::schedule = {other, other};
+    mlopt::testing::test_tensor_cores();
+  }
+  mlopt::emulation::schedule = {};
   mlopt::testing::test_widening();
   for (const int64_t features : {9, 65, 66, 72}) {  // of those on tensor cores some are too odd for halves
     mlopt::testing::test_halves<mlopt::Float16>(mlopt::kGlmFloat16, features);
