@@ -23,6 +23,7 @@ from mlopt.backends.inductor.choice import MeasuredGraph
 from mlopt.backends.inductor.interface import CallPlan, cut_interface
 from mlopt.backends.inductor.lowered import LoweredGraph
 from mlopt.backends.inductor.pool import compile_jobs
+from mlopt.backends.inductor.pooling import localize_pools
 from mlopt.backends.inductor.small import lower_small_products
 from mlopt.backends.inductor.spec import GraphSpec, UnsupportedGraphError
 from mlopt.backends.inductor.thin import fuse_thin_products
@@ -169,7 +170,7 @@ class InductorBackend(AbstractBackend):
     def _cut(self, module: fx.GraphModule) -> _Lowered:
         try:
             # In this order: what becomes a fused loop calls nothing at all.
-            lowered, num_small = lower_small_products(fuse_thin_products(module), self._cache)
+            lowered, num_small = lower_small_products(fuse_thin_products(localize_pools(module)), self._cache)
             spec, plan = cut_interface(lowered)
             options = worker.options(spec)
         except UnsupportedGraphError as error:
