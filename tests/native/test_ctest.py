@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.extras import extras
-
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})")
+# Extras all: what the kernels compute is tested through the ops, too.
+pytestmark = [
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})"),
+    pytest.mark.slow,
+]
 
 
 def build(folder, name, flags=()):
@@ -35,16 +37,8 @@ def run(program, *arguments):
     return subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.mark.parametrize(
-    "name",
-    extras(
-        ["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda", "test_matmul"],
-        lambda name: name.endswith("_cuda"),
-    ),
-)
-@pytest.mark.parametrize(
-    "flags", [pytest.param((), id="plain"), pytest.param(SANITIZE, id="asan", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["test_vector", "test_vector_cuda", "test_glm", "test_glm_cuda", "test_matmul"])
+@pytest.mark.parametrize("flags", [pytest.param((), id="plain"), pytest.param(SANITIZE, id="asan")])
 def test_kernels(tmp_path, name, flags):
     """CPU kernels against plain loops; CUDA kernels, emulated on the host (for long), against the CPU kernels."""
     if flags and cannot_link(tmp_path, flags):
