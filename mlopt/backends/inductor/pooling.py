@@ -13,6 +13,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch._inductor.inductor_prims  # registers `inductor_force_stride_order`
 from torch import fx
 
 from mlopt.passes import remove_dead_nodes_pass
@@ -66,13 +67,13 @@ def _pool(node: fx.Node) -> _Pool | None:
     gradient, image, kernel, stride, padding, dilation, _, indices = node.args
     assert isinstance(gradient, fx.Node) and isinstance(image, fx.Node) and isinstance(indices, fx.Node)
     shape = gradient.meta["val"].shape
-    sizes = [*shape[1:], *image.meta["val"].shape[-2:]]
+    sizes = [*shape[1:], *image.meta["val"].shape[-2:], *indices.meta["val"].stride()]
     if gradient.meta["val"].device.type != "cpu" or len(shape) != 4 or not all(isinstance(s, int) for s in sizes):
         return None
     kh, kw = _pair(kernel)
     if (stride and _pair(stride) != (kh, kw)) or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1):
         return None
-    _, oh, ow, height, width = (int(s) for s in sizes)
+    _, oh, ow, height, width = (int(s) for s in sizes[:5])
     if oh * kh > height or ow * kw > width:  # the last windows are cut off: `ceil_mode`
         return None
     return _Pool(gradient, indices, (kh, kw), (height, width))
@@ -84,12 +85,23 @@ def _local(graph: fx.Graph, pool: _Pool) -> fx.Node:
     oh, ow = value.shape[2:]
     rows = _call(graph, aten.mul.Tensor, _numbers(graph, oh * kh), width)
     places = _call(graph, aten.add.Tensor, _call(graph, aten.unsqueeze.default, rows, 1), _numbers(graph, ow * kw))
-    taken = _call(graph, aten.eq.Tensor, _spread(graph, pool.indices, pool.kernel), places)
+    taken = _call(graph, aten.eq.Tensor, _spread(graph, _stored(graph, pool.indices), pool.kernel), places)
     zero = _call(graph, aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
     result = _call(graph, aten.where.self, taken, _spread(graph, pool.gradient, pool.kernel), zero)
     if (oh * kh, ow * kw) == pool.size:
         return result
     return _call(graph, aten.constant_pad_nd.default, result, [0, width - ow * kw, 0, height - oh * kh], 0.0)
+
+
+def _stored(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Have indices stored that are found in this graph: each element of a window would search all of it."""
+    if node.op == "placeholder":
+        return node
+    stored = graph.call_function(
+        torch.ops.prims.inductor_force_stride_order.default, (node, list(node.meta["val"].stride()))
+    )
+    stored.meta["val"] = node.meta["val"]
+    return stored
 
 
 def _spread(graph: fx.Graph, node: fx.Node, kernel: tuple[int, int]) -> fx.Node:
