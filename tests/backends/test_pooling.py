@@ -1,4 +1,4 @@
-"""Gradients of max pooling as element-wise operations, against the ones of torch, to the bit."""
+"""Max pooling and its gradient as element-wise operations, against the ones of torch, to the bit."""
 
 import pytest
 import torch
@@ -41,6 +41,48 @@ def traced(function, *tensors, mode="fake"):
 
 def scatters(module):
     return [n for n in module.graph.nodes if n.target is aten.max_pool2d_with_indices_backward.default]
+
+
+def searches(module):
+    return [n for n in module.graph.nodes if n.target is aten.max_pool2d_with_indices.default]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(3, 8, 8, 6), (2, 9, 7, 9), (1, 16, 2, 3)])
+@pytest.mark.parametrize("kernel", [[2, 2], [2, 3], [1, 2], [2]])
+def test_values_and_indices(kernel, size, dtype):
+    x, _ = inputs(size, (kernel,), dtype, torch.channels_last)
+    x[0, 1, 0, :2] = float("nan")
+    x[0, 2, :2, :2] = -float("inf")
+    x[0, 3, 0, :2] = torch.tensor([0.0, -0.0])
+
+    def function(x):
+        y = x * 1  # as of a graph that computes it
+        values, indices = aten.max_pool2d_with_indices.default(y, kernel)
+        return values, indices, y
+
+    module = traced(function, x)
+    local = localize_pools(module)
+    assert searches(module) and not searches(local)
+    for got, expected in zip(local(x), module(x), strict=True):
+        assert torch.equal(got.nan_to_num(3.0), expected.nan_to_num(3.0)) and got.stride() == expected.stride()
+        assert torch.equal(got.signbit(), expected.signbit())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (torch.randn(2, 16, 8, 6), [2, 2]),  # lanes would run over every other column
+        (torch.randn(2, 4, 8, 6).to(memory_format=torch.channels_last), [2, 2]),  # few channels
+        (torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last), [4, 4]),  # large windows
+        (torch.randn(2, 16, 8, 6, dtype=torch.bfloat16).to(memory_format=torch.channels_last), [2, 2]),
+    ],
+    ids=["contiguous", "few-channels", "large-windows", "halves"],
+)
+def test_searches_that_are_left_alone(case):
+    x, kernel = case
+    module = traced(lambda x: aten.max_pool2d_with_indices.default(x, kernel), x)
+    assert localize_pools(module) is module
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -96,3 +138,22 @@ def test_a_last_window_that_is_whole():
     tensors = inputs((2, 2, 8, 6), arguments)
     local = localize_pools(traced(function, *tensors))
     assert not scatters(local) and torch.equal(local(*tensors), function(*tensors))
+
+
+def test_layers_forward_and_backward():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 13, 9, generator=generator, dtype=torch.float64).to(memory_format=torch.channels_last)
+
+    def function(x):
+        y = F.max_pool2d_with_indices(torch.relu(x), 2)[0]
+        values, indices = aten.max_pool2d_with_indices.default(y * 3, [3, 2])
+        back = aten.max_pool2d_with_indices_backward.default(
+            values.sin(), y, [3, 2], [], [0, 0], [1, 1], False, indices
+        )
+        return values, back
+
+    module = traced(function, x)
+    local = localize_pools(module)
+    assert len(searches(module)) == 2 and scatters(module) and not searches(local) and not scatters(local)
+    for got, expected in zip(local(x), module(x), strict=True):
+        assert torch.equal(got, expected)

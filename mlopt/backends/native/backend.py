@@ -19,8 +19,8 @@ from mlopt.backends.native.glm import GlmGraph
 from mlopt.backends.native.skinny import SkinnyGraph, lower_skinny_products
 from mlopt.passes import GlmDescentStructure, find_glm
 
-# Raised when choices of an older mlopt must not be used any more: the kernels have changed.
-_FORMAT = 3
+# Raised when choices of an older mlopt must not be used any more: the kernels have changed, or what packages are.
+_FORMAT = 4
 
 
 class NativeBackend(AbstractBackend):
