@@ -37,7 +37,8 @@ MLOPT_HD float widened(Float16 x) {
   return value;
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
-  if ((x.bits & 0x7c00) == 0x7c00) return float_of_bits(sign | 0x7f800000 | rest);  // infinite, or not a number
+  if ((x.bits & 0x7fff) > 0x7c00) return float_of_bits(0x7fffffff);  // not a number: the one that devices make of it
+  if ((x.bits & 0x7c00) == 0x7c00) return float_of_bits(sign | 0x7f800000);
   const float size = float_of_bits(rest) * 0x1p112f;  // from the one exponent's bias, 15, to the other's, 127
   return sign != 0 ? -size : size;
 #endif

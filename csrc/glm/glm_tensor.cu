@@ -209,11 +209,13 @@ __device__ float2 pair_of(const Half* at) {
   return {widened(Half{static_cast<uint16_t>(both)}), widened(Half{static_cast<uint16_t>(both >> 16)})};
 }
 
-// d += a b, to about the rounding of floats. A half is whole: it has no small part.
+// d += a b, to about the rounding of floats. A half is whole: it has no small part, and is not rounded (the NaN that
+// halves become has all bits set, and would be rounded to zero).
 template <bool kWhole>
 __device__ void multiply(float (&d)[4], float (&small)[4], const uint32_t (&large_a)[4], const uint32_t (&small_a)[4],
                          float b0, float b1) {
-  const Split first = split(b0), second = split(b1);
+  const Split first = kWhole ? Split{bits_of_float(b0), 0} : split(b0);
+  const Split second = kWhole ? Split{bits_of_float(b1), 0} : split(b1);
   const uint32_t large_b[2] = {first.large, second.large}, small_b[2] = {first.small, second.small};
   mma_tf32(small, small_a, large_b);
   if constexpr (!kWhole) mma_tf32(small, large_a, small_b);
@@ -558,7 +560,9 @@ Device device_at_hand() {
 }
 template <typename Kernel>
 bool allow_shared(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
+  const bool allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
+  if (!allowed) cudaGetLastError();  // it is told of by nobody: another kernel takes over
+  return allowed;
 }
 #endif
 

@@ -59,6 +59,9 @@ void test_halves(GlmStorage storage, int64_t features) {
   narrow.storage = storage;
   CHECK(glm_product_cuda(wide, nullptr) == nullptr && glm_product_cuda(narrow, nullptr) == nullptr);
   check_close(got.out, expected.out);
+  halves[0].bits = 0x7fc1;  // not a number in either type
+  CHECK(glm_product_cuda(narrow, nullptr) == nullptr);
+  for (int64_t d = 0; d < features; ++d) CHECK(std::isnan(got.out[d]));
 }
 
 // The sweep on tensor cores: every count of steps per warp, rows of X that are copied by 4 and by 16 bytes, tiles and

@@ -488,6 +488,20 @@ def test_half_precision_features(device, dtype, shape):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("features", [19, 72, 900])
+def test_features_that_are_not_finite_show(features, dtype, value, device):
+    c = Case((None, None, 40, features, 3), torch.float32, device)
+    x = c.x.to(dtype)
+    x[7, 5] = value
+    rows = ops.glm_matmul(x, c.w, None).isfinite().all(dim=1)
+    assert not rows[7] and rows.sum() == 39
+    product, _ = ops.glm_hvp(x, c.v, None, kind="softmax", curvature=c.p, weights=c.weights)
+    assert not product.isfinite().any()
+
+
 def test_refusals():
     c = Case((2, None, 6, 4, 3))
     with pytest.raises(ValueError, match=r"glm_matmul: expected w \[T, D, C\] or \[T, K, D, C\] to go with x of shape"):
