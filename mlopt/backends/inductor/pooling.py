@@ -27,7 +27,6 @@ from mlopt.passes import remove_dead_nodes_pass
 aten = torch.ops.aten
 _STORE = torch.ops.prims.inductor_force_stride_order.default
 
-
 _EXACT = (torch.float32, torch.float64)  # offsets within a window are whole numbers in them
 _FEWEST_LANES = 8  # channels
 _MOST_OF_A_WINDOW = 9  # elements that are compared one after the other
