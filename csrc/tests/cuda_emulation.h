@@ -4,8 +4,8 @@
 // (ucontext) that switch at __syncthreads and at what a warp does together. That checks indexing, tails, reductions and
 // the placement of barriers: a block or warp whose threads wait at different barriers, or of which some end while
 // others wait, is an error. Run under both schedules below, it also shows what lacks a barrier between warps, or a wait
-// for copies that go on in the meantime. It cannot check all orders of memory accesses, or speed. Under AddressSanitizer
-// it finds accesses out of bounds.
+// for copies that go on in the meantime. It cannot check all orders of memory accesses, or speed. Under
+// AddressSanitizer it finds accesses out of bounds.
 #pragma once
 
 #include <ucontext.h>
