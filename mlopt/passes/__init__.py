@@ -4,9 +4,10 @@ A pass takes a `GraphModule`, rewrites it in place, lints, recompiles and return
 nothing where nothing matches, and changes nothing when run twice. `DEFAULT_PASSES` is the whole optimizer;
 `remove_fresh_writes_pass` makes recorded graphs functional in the first place. `find_glm`, `find_descent` and `extract`
 change nothing: they find the structure that kernels are written for, and take parts of a graph out. `size_hint` is the
-number that such choices take for a free size.
+number that such choices take for a free size; `call` makes new nodes.
 """
 
+from mlopt.passes.call import call
 from mlopt.passes.extract import ancestors, draws_random, extract, is_random
 from mlopt.passes.glm import (
     ONE_TASK,
@@ -33,6 +34,7 @@ __all__ = [
     "GlmRowKind",
     "GlmStructure",
     "ancestors",
+    "call",
     "draws_random",
     "extract",
     "find_descent",

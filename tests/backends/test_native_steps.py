@@ -80,7 +80,7 @@ def native_runs(step, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", extras([nesterov, adam], lambda o: o is adam), ids=lambda o: o.__name__)
-@pytest.mark.parametrize("scheduled", extras([False, True], bool))
+@pytest.mark.parametrize("scheduled", extras([False, True], bool), ids=["", "scheduler"])
 def test_native_steps_equal_the_optimizer(optimizer, scheduled, cache, monkeypatch):
     scheduler = (lambda o: lr_scheduler.ExponentialLR(o, 0.9)) if scheduled else None
     made = functools.partial(make, optimizer, scheduler=scheduler, clip_norm=0.3)

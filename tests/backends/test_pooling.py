@@ -35,8 +35,8 @@ def inputs(size, arguments, dtype=torch.float64, memory_format=torch.contiguous_
     return x, torch.randn(result.shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def traced(function, *tensors, mode="fake"):
-    return make_fx(function, tracing_mode=mode)(*tensors)
+def traced(function, *tensors):
+    return make_fx(function, tracing_mode="fake")(*tensors)
 
 
 def scatters(module):

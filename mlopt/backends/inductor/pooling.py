@@ -19,13 +19,12 @@ import operator
 from typing import Any
 
 import torch
-import torch._inductor.inductor_prims  # registers `inductor_force_stride_order`
 from torch import fx
 
-from mlopt.passes import remove_dead_nodes_pass
+from mlopt.backends.inductor.stored import stored
+from mlopt.passes import call, remove_dead_nodes_pass
 
 aten = torch.ops.aten
-_STORE = torch.ops.prims.inductor_force_stride_order.default
 
 _EXACT = (torch.float32, torch.float64)  # offsets within a window are whole numbers in them
 _FEWEST_LANES = 8  # channels
@@ -130,29 +129,29 @@ def _largest(graph: fx.Graph, pool: _Pool, node: fx.Node) -> tuple[fx.Node, fx.N
     (kh, kw), (oh, ow), (_, width) = pool.kernel, pool.count, pool.size
     image: Any = node.args[0]
     values, indices = node.meta["val"]
-    image = _stored(graph, image, image.meta["val"])  # in the layout that lanes run over
+    image = stored(graph, image, image.meta["val"].stride())  # in the layout that lanes run over
     if (oh * kh, ow * kw) != pool.size:
-        image = _call(graph, aten.slice.Tensor, image, 2, 0, oh * kh)
-        image = _call(graph, aten.slice.Tensor, image, 3, 0, ow * kw)
+        image = call(graph, aten.slice.Tensor, image, 2, 0, oh * kh)
+        image = call(graph, aten.slice.Tensor, image, 3, 0, ow * kw)
     largest = offset = None
     for row in range(kh):
         for column in range(kw):
-            every = _call(graph, aten.slice.Tensor, image, 2, row, oh * kh, kh)
-            value = _call(graph, aten.slice.Tensor, every, 3, column, ow * kw, kw)
+            every = call(graph, aten.slice.Tensor, image, 2, row, oh * kh, kh)
+            value = call(graph, aten.slice.Tensor, every, 3, column, ow * kw, kw)
             if largest is None:
-                largest, offset = value, _call(graph, aten.full.default, [], 0.0, dtype=values.dtype)
+                largest, offset = value, call(graph, aten.full.default, [], 0.0, dtype=values.dtype)
                 continue
-            is_nan = _call(graph, aten.ne.Tensor, value, value)
-            taken = _call(graph, aten.logical_or.default, _call(graph, aten.gt.Tensor, value, largest), is_nan)
-            largest = _call(graph, aten.where.self, taken, value, largest)
-            place = _call(graph, aten.full.default, [], float(row * width + column), dtype=values.dtype)
-            offset = _call(graph, aten.where.self, taken, place, offset)
+            is_nan = call(graph, aten.ne.Tensor, value, value)
+            taken = call(graph, aten.logical_or.default, call(graph, aten.gt.Tensor, value, largest), is_nan)
+            largest = call(graph, aten.where.self, taken, value, largest)
+            place = call(graph, aten.full.default, [], float(row * width + column), dtype=values.dtype)
+            offset = call(graph, aten.where.self, taken, place, offset)
     assert largest is not None and offset is not None
-    rows = _call(graph, aten.mul.Tensor, _numbers(graph, oh), kh * width)
-    columns = _call(graph, aten.mul.Tensor, _numbers(graph, ow), kw)
-    first = _call(graph, aten.add.Tensor, _call(graph, aten.unsqueeze.default, rows, 1), columns)
-    places = _call(graph, aten.add.Tensor, _call(graph, aten._to_copy.default, offset, dtype=torch.int64), first)
-    return _stored(graph, largest, values), _stored(graph, places, indices)
+    rows = call(graph, aten.mul.Tensor, _numbers(graph, oh), kh * width)
+    columns = call(graph, aten.mul.Tensor, _numbers(graph, ow), kw)
+    first = call(graph, aten.add.Tensor, call(graph, aten.unsqueeze.default, rows, 1), columns)
+    places = call(graph, aten.add.Tensor, call(graph, aten._to_copy.default, offset, dtype=torch.int64), first)
+    return stored(graph, largest, values.stride(), values), stored(graph, places, indices.stride(), indices)
 
 
 def _gradient(graph: fx.Graph, pool: _Pool, node: fx.Node) -> fx.Node:
@@ -160,47 +159,32 @@ def _gradient(graph: fx.Graph, pool: _Pool, node: fx.Node) -> fx.Node:
     assert isinstance(gradient, fx.Node) and isinstance(indices, fx.Node)
     (kh, kw), (oh, ow), (height, width) = pool.kernel, pool.count, pool.size
     value = gradient.meta["val"]
-    rows = _call(graph, aten.mul.Tensor, _numbers(graph, oh * kh), width)
-    places = _call(graph, aten.add.Tensor, _call(graph, aten.unsqueeze.default, rows, 1), _numbers(graph, ow * kw))
+    rows = call(graph, aten.mul.Tensor, _numbers(graph, oh * kh), width)
+    places = call(graph, aten.add.Tensor, call(graph, aten.unsqueeze.default, rows, 1), _numbers(graph, ow * kw))
     # Indices that this graph finds are stored: each element of a window would search all of it.
-    taken = _call(
-        graph, aten.eq.Tensor, _spread(graph, _stored(graph, indices, indices.meta["val"]), pool.kernel), places
+    taken = call(
+        graph, aten.eq.Tensor, _spread(graph, stored(graph, indices, indices.meta["val"].stride()), pool.kernel), places
     )
-    zero = _call(graph, aten.full.default, [], 0.0, dtype=value.dtype)
-    result = _call(graph, aten.where.self, taken, _spread(graph, gradient, pool.kernel), zero)
+    zero = call(graph, aten.full.default, [], 0.0, dtype=value.dtype)
+    result = call(graph, aten.where.self, taken, _spread(graph, gradient, pool.kernel), zero)
     if (oh * kh, ow * kw) == pool.size:
         return result
-    return _call(graph, aten.constant_pad_nd.default, result, [0, width - ow * kw, 0, height - oh * kh], 0.0)
-
-
-def _stored(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
-    """Have a value stored with the strides of `like`."""
-    if node.op == "placeholder" or node.target is _STORE:
-        return node
-    stored = graph.call_function(_STORE, (node, list(like.stride())))
-    stored.meta["val"] = like
-    return stored
+    return call(graph, aten.constant_pad_nd.default, result, [0, width - ow * kw, 0, height - oh * kh], 0.0)
 
 
 def _spread(graph: fx.Graph, node: fx.Node, kernel: tuple[int, int]) -> fx.Node:
     """Give every element of a window what the window has."""
     (kh, kw), (_, channels, oh, ow) = kernel, node.meta["val"].shape  # the number of images may be free
-    windows = _call(graph, aten.unsqueeze.default, _call(graph, aten.unsqueeze.default, node, 3), 5)
-    full = _call(graph, aten.expand.default, windows, [-1, -1, -1, kh, -1, kw])
-    stored = _call(graph, aten.clone.default, full, memory_format=torch.contiguous_format)
-    return _call(graph, aten.view.default, stored, [-1, channels, oh * kh, ow * kw])
+    windows = call(graph, aten.unsqueeze.default, call(graph, aten.unsqueeze.default, node, 3), 5)
+    full = call(graph, aten.expand.default, windows, [-1, -1, -1, kh, -1, kw])
+    whole = call(graph, aten.clone.default, full, memory_format=torch.contiguous_format)
+    return call(graph, aten.view.default, whole, [-1, channels, oh * kh, ow * kw])
 
 
 def _numbers(graph: fx.Graph, count: int) -> fx.Node:
-    return _call(graph, aten.arange.default, count, dtype=torch.int64, device=torch.device("cpu"))
+    return call(graph, aten.arange.default, count, dtype=torch.int64, device=torch.device("cpu"))
 
 
 def _pair(sizes: Any) -> tuple[int, int]:
     """Read sizes of two axes, given as one or two numbers."""
     return (sizes[0], sizes[-1])
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **kwargs)  # on fake tensors
-    return node

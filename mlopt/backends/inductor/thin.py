@@ -17,10 +17,10 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch._inductor.inductor_prims  # registers `inductor_force_stride_order`
 from torch import fx
 
-from mlopt.passes import remove_dead_nodes_pass, size_hint
+from mlopt.backends.inductor.stored import stored
+from mlopt.passes import call, remove_dead_nodes_pass, size_hint
 
 aten = torch.ops.aten
 
@@ -94,7 +94,7 @@ def fuse_thin_products(module: fx.GraphModule) -> fx.GraphModule:
             copy = copies.get(product.matrix)
             result = _by_columns_of(graph, product, copy) if copy is not None else _in_place(graph, product)
             if product.bias is not None:
-                result = _call(graph, aten.add.Tensor, result, product.bias)
+                result = call(graph, aten.add.Tensor, result, product.bias)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     return remove_dead_nodes_pass(fx.GraphModule(module, graph))
@@ -138,11 +138,11 @@ def _first_operation(nodes: list[fx.Node]) -> fx.Node:
 
 def _transposed_copy(graph: fx.Graph, matrix: fx.Node, *, before: fx.Node) -> fx.Node:
     with graph.inserting_before(before):
-        turned = _call(graph, aten.t.default, matrix)
+        turned = call(graph, aten.t.default, matrix)
         copy = graph.call_function(aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
         copy.meta["val"] = _value(turned).contiguous()
         rows: Any = _value(matrix).shape[0]
-        return _stored(graph, copy, (rows if isinstance(rows, int) else _call(graph, aten.sym_size.int, matrix, 0), 1))
+        return stored(graph, copy, (rows if isinstance(rows, int) else call(graph, aten.sym_size.int, matrix, 0), 1))
 
 
 def _by_columns_of(graph: fx.Graph, product: _Product, copy: fx.Node) -> fx.Node:
@@ -150,34 +150,27 @@ def _by_columns_of(graph: fx.Graph, product: _Product, copy: fx.Node) -> fx.Node
     vector = product.right if product.by_columns else product.left
     is_column = product.by_columns
     if product.sums_columns != is_column:  # one factor per row of the copy is a column, one per column of it a row
-        vector = _call(graph, aten.t.default, vector)
+        vector = call(graph, aten.t.default, vector)
     if product.sums_columns:
         vector = _once(graph, vector)
     result = _sum(graph, copy, vector, 0 if product.sums_columns else 1)  # [1, n] or [D, 1]
-    return _call(graph, aten.t.default, result) if product.sums_columns == is_column else result
+    return call(graph, aten.t.default, result) if product.sums_columns == is_column else result
 
 
 def _in_place(graph: fx.Graph, product: _Product) -> fx.Node:
     if product.by_columns:
         right = _once(graph, product.right) if product.by_rows else product.right
-        return _sum(graph, product.left, _call(graph, aten.t.default, right), 1)
-    return _sum(graph, _call(graph, aten.t.default, product.left), product.right, 0)
+        return _sum(graph, product.left, call(graph, aten.t.default, right), 1)
+    return _sum(graph, call(graph, aten.t.default, product.left), product.right, 0)
 
 
 def _once(graph: fx.Graph, column: fx.Node) -> fx.Node:
     """Have a vector stored that each row reads: Inductor would compute it anew for every one of them."""
-    return column if column.op == "placeholder" else _stored(graph, column, (1, 1))
-
-
-def _stored(graph: fx.Graph, node: fx.Node, strides: tuple[Any, int]) -> fx.Node:
-    """Have a value stored."""
-    stored = graph.call_function(torch.ops.prims.inductor_force_stride_order.default, (node, list(strides)))
-    stored.meta["val"] = _value(node)
-    return stored
+    return stored(graph, column, (1, 1))
 
 
 def _sum(graph: fx.Graph, left: fx.Node, right: fx.Node, dim: int) -> fx.Node:
-    return _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, left, right), [dim], True)
+    return call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, left, right), [dim], True)
 
 
 def _is_one(size: Any) -> bool:
@@ -187,9 +180,3 @@ def _is_one(size: Any) -> bool:
 def _value(node: fx.Node) -> torch.Tensor:
     value: torch.Tensor = node.meta["val"]
     return value
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))  # on fake tensors
-    return node

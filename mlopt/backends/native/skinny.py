@@ -13,7 +13,7 @@ from mlopt.backends.base import Changing, Compiled, Lowering
 from mlopt.backends.measure import device_of
 from mlopt.backends.native.choice import Choice
 from mlopt.ops.glm import MAX_CLASSES
-from mlopt.passes import remove_dead_nodes_pass, size_hint
+from mlopt.passes import call, remove_dead_nodes_pass, size_hint
 
 aten = torch.ops.aten
 
@@ -109,7 +109,7 @@ def _lowered(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         bias, x, w = node.args
         fits = not node.kwargs and _is_matrix(x) and _is_narrow(w, 1) and _value(bias).ndim == 1
         fits = fits and _value(bias).dtype == _value(x).dtype and _value(bias).shape[0] == _value(w).shape[1]
-        return _call(graph, glm.glm_matmul.default, x, w, bias) if fits else None
+        return call(graph, glm.glm_matmul.default, x, w, bias) if fits else None
     if node.target is not aten.mm.default:
         return None
     left: Any = node.args[0]
@@ -119,23 +119,17 @@ def _lowered(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         if x is not None and _is_matrix(x):  # X^T D
             return _first(graph, glm.glm_matmul_t.default, x, right)
         if _is_matrix(left):  # X W
-            return _call(graph, glm.glm_matmul.default, left, right, None)
+            return call(graph, glm.glm_matmul.default, left, right, None)
     if _is_narrow(left, 0) and _is_matrix(right):  # D^T X
-        rows = _transposed(left) or _call(graph, aten.t.default, left)
-        product = _call(graph, aten.t.default, _first(graph, glm.glm_matmul_t.default, right, rows))
+        rows = _transposed(left) or call(graph, aten.t.default, left)
+        product = call(graph, aten.t.default, _first(graph, glm.glm_matmul_t.default, right, rows))
         # The op's result is [D, C]; a general product's is laid out by rows, and packages expect that.
-        return _call(graph, aten.clone.default, product, memory_format=torch.contiguous_format)
+        return call(graph, aten.clone.default, product, memory_format=torch.contiguous_format)
     return None
 
 
 def _first(graph: fx.Graph, target: Any, x: fx.Node, rows: fx.Node) -> fx.Node:
-    return _call(graph, operator.getitem, _call(graph, target, x, rows, False), 0)
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]), **kwargs)  # on fake tensors
-    return node
+    return call(graph, operator.getitem, call(graph, target, x, rows, False), 0)
 
 
 def _transposed(node: fx.Node) -> fx.Node | None:

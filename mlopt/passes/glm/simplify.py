@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mlopt.passes.call import call
 from mlopt.passes.glm.values import same, same_shape, shape_of
 from mlopt.passes.merge_equal_nodes import merge_equal_nodes_pass
 from mlopt.passes.remove_dead_nodes import remove_dead_nodes_pass
@@ -51,33 +52,27 @@ def _adds_zeros(node: fx.Node) -> bool:
     )
 
 
-def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))  # on fake tensors
-    return node
-
-
 def _log_softmax_backward(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``g - softmax * sum(g)``, from the logarithm of the softmax."""
     g, log_p, dim = node.args[:3]
-    total = _call(graph, aten.sum.dim_IntList, g, [dim], True)
-    p = _call(graph, aten.exp.default, log_p)
-    return _call(graph, aten.sub.Tensor, g, _call(graph, aten.mul.Tensor, p, total))
+    total = call(graph, aten.sum.dim_IntList, g, [dim], True)
+    p = call(graph, aten.exp.default, log_p)
+    return call(graph, aten.sub.Tensor, g, call(graph, aten.mul.Tensor, p, total))
 
 
 def _softmax_backward(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``p * (g - sum(p * g))``."""
     g, p, dim = node.args[:3]
-    total = _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, p, g), [dim], True)
-    return _call(graph, aten.mul.Tensor, p, _call(graph, aten.sub.Tensor, g, total))
+    total = call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, p, g), [dim], True)
+    return call(graph, aten.mul.Tensor, p, call(graph, aten.sub.Tensor, g, total))
 
 
 def _bmm(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """A batch of one product."""
     if any(not same(shape_of(a)[0], 1) for a in node.args):
         return node
-    left, right = (_call(graph, aten.squeeze.dim, a, 0) for a in node.args)
-    return _call(graph, aten.unsqueeze.default, _call(graph, aten.mm.default, left, right), 0)
+    left, right = (call(graph, aten.squeeze.dim, a, 0) for a in node.args)
+    return call(graph, aten.unsqueeze.default, call(graph, aten.mm.default, left, right), 0)
 
 
 def _factored(graph: fx.Graph, node: fx.Node) -> bool:
@@ -94,9 +89,9 @@ def _factored(graph: fx.Graph, node: fx.Node) -> bool:
         if others[0] != others[1] or left.kwargs or right.kwargs or not same_shape(shape_of(a), shape_of(b)):
             continue
         with graph.inserting_before(node):
-            total = _call(graph, aten.add.Tensor, a, b)
+            total = call(graph, aten.add.Tensor, a, b)
             args = [total if i == position else x for i, x in enumerate(left.args)]
-            node.replace_all_uses_with(_call(graph, left.target, *args))
+            node.replace_all_uses_with(call(graph, left.target, *args))
         return True
     return False
 
