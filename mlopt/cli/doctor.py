@@ -119,8 +119,15 @@ def _compiler() -> Iterator[Finding]:
 def _inductor() -> Iterator[Finding]:
     if backends.inductor.missing() is not None:
         return  # the lines above say why
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        yield _small_graph(device)
+
+
+def _small_graph(device: str) -> Finding:
+    """Compile and run a small graph."""
+    subject = "inductor backend" if device == "cpu" else "inductor on CUDA"
     start = time.perf_counter()
-    x = torch.linspace(0, 1, 100, dtype=torch.float64)
+    x = torch.linspace(0, 1, 100, dtype=torch.float64, device=device)
     module = make_fx(lambda x: (torch.sin(x) * 2,))(x)
     with tempfile.TemporaryDirectory() as directory:
         compiled = backends.InductorBackend(directory).lower(module)
@@ -128,12 +135,12 @@ def _inductor() -> Iterator[Finding]:
     seconds = time.perf_counter() - start
     lowering = compiled.lowering
     if lowering.backend != "inductor":
-        advice = "compiled graphs cannot be used until this is repaired; backend='auto' runs by torch calls"
-        yield Finding("inductor backend", State.BAD, lowering.note, advice)
-    elif not torch.allclose(found, torch.sin(x) * 2, rtol=1e-12):
-        yield Finding("inductor backend", State.BAD, "a small graph gave wrong numbers", "use backend='eager'")
-    else:
-        yield Finding("inductor backend", State.GOOD, f"compiled and ran a small graph in {seconds:.0f} s")
+        state = State.BAD if device == "cpu" else State.NOTE  # a toolkit is no part of torch
+        advice = "compiled graphs cannot be used there until this is repaired; backend='auto' runs by torch calls"
+        return Finding(subject, state, lowering.note, advice)
+    if not torch.allclose(found, torch.sin(x) * 2, rtol=1e-12):
+        return Finding(subject, State.BAD, "a small graph gave wrong numbers", "use backend='eager'")
+    return Finding(subject, State.GOOD, f"compiled and ran a small graph in {seconds:.0f} s")
 
 
 def _cuda() -> Iterator[Finding]:

@@ -11,10 +11,11 @@ import pytest
 import sympy
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mlopt
 from mlopt import backends, ops
-from mlopt.backends import inductor
+from mlopt.backends import Lowering, inductor
 from mlopt.backends.inductor import backend as backend_module
 from mlopt.backends.inductor import pool
 from mlopt.backends.inductor.cache import Entry
@@ -402,6 +403,21 @@ def test_a_graph_that_cannot_be_compiled_runs_eagerly_and_says_why(tmp_path):
     torch.testing.assert_close(module.weight, before - 0.8 * before)
     if backend == "inductor":
         assert "not compiled: custom operation mlopt_tests.double.default" in plan.explain()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("device", "reason"), [("cuda", "no toolkit"), ("xpu", "packages are for CPUs and CUDA GPUs, not for xpu")]
+)
+def test_devices_that_nothing_can_be_compiled_for(device, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend_module.toolkit, "missing", lambda: "no toolkit")
+    monkeypatch.setattr(backend_module, "compile_jobs", lambda *args, **options: pytest.fail("tried"))
+    backend = backends.InductorBackend(tmp_path)
+    module = operator_graph()
+    with FakeTensorMode():
+        for node in module.graph.find_nodes(op="placeholder"):
+            node.meta["val"] = torch.empty(node.meta["val"].shape, device=device)
+    assert backend.lower(module).lowering == Lowering("eager", f"not compiled: {reason}")
 
 
 def test_graphs_with_sizes_that_depend_on_data_are_refused():

@@ -28,6 +28,19 @@ def machine(tmp_path, monkeypatch):
     return directory
 
 
+@pytest.fixture
+def missing(machine, tmp_path, monkeypatch):
+    """What is missing on that machine, which has Triton and nothing in the usual places."""
+    monkeypatch.setattr(toolkit, "_USUAL", (tmp_path / "usual",))
+    monkeypatch.setattr(toolkit.importlib.util, "find_spec", lambda name: name)
+    return toolkit.missing.__wrapped__
+
+
+def headers(home):
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda_runtime_api.h").touch()
+
+
 def driver(tmp_path):
     return tmp_path / "nvidia" / "libcuda.so.580.1"
 
@@ -51,3 +64,26 @@ def test_without_nvcc(machine, tmp_path, monkeypatch):
 def test_without_a_driver(machine, tmp_path, monkeypatch):
     monkeypatch.setattr(toolkit, "_MAPS", tmp_path / "none")
     assert toolkit.variables(machine) == {}
+
+
+@pytest.mark.parametrize("place", ["cuda", "usual"])
+def test_headers_of_a_toolkit(place, missing, tmp_path):
+    assert missing() == (
+        f"no headers of CUDA were found in {tmp_path}/cuda, {tmp_path}/usual; CUDA_HOME says where its toolkit is"
+    )
+    headers(tmp_path / place)
+    assert missing() is None
+
+
+def test_headers_where_the_user_says(missing, tmp_path, monkeypatch):
+    headers(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "own"))
+    assert f"in {tmp_path}/own;" in missing()
+    headers(tmp_path / "own")
+    assert missing() is None
+
+
+def test_torch_without_triton(missing, tmp_path, monkeypatch):
+    headers(tmp_path / "cuda")
+    monkeypatch.setattr(toolkit.importlib.util, "find_spec", lambda name: None)
+    assert missing() == "triton is not installed"

@@ -17,7 +17,7 @@ from torch import fx
 from mlopt import ops
 from mlopt.backends.base import AbstractBackend, Compiled, Lowering
 from mlopt.backends.eager import EagerGraph
-from mlopt.backends.inductor import worker
+from mlopt.backends.inductor import toolkit, worker
 from mlopt.backends.inductor.cache import DiskCache, Entry, machine
 from mlopt.backends.inductor.choice import MeasuredGraph
 from mlopt.backends.inductor.interface import CallPlan, cut_interface
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Raised when packages of an older mlopt must not be used any more: the meaning of a spec or of a call has changed.
 _FORMAT = 1
+
+_DEVICES = ("cpu", "cuda")
 
 
 @functools.cache
@@ -57,6 +59,15 @@ class _Lowered:
     entry: Entry | None = None
     cached: bool = False
     error: str | None = None
+
+    def lacking(self) -> str | None:
+        """Return why it cannot be compiled here, though it can be called if it was compiled elsewhere; or None."""
+        assert self.spec is not None
+        kinds = {x.device.type for x in self.spec.inputs}
+        others = ", ".join(sorted(kinds - {*_DEVICES}))
+        if others:
+            return f"packages are for CPUs and CUDA GPUs, not for {others}"
+        return toolkit.missing() if "cuda" in kinds else None
 
 
 class InductorBackend(AbstractBackend):
@@ -101,12 +112,15 @@ class InductorBackend(AbstractBackend):
                 continue
             graph.entry = self._cache.get(graph.key)
             graph.cached = graph.entry is not None
-            if graph.entry is None and self._sealed:
-                # A last batch of another size, say. Compiling for it would stop the training run for minutes.
-                graph.error = "it was captured after training had begun, and is not in the cache"
-                logger.info("a graph runs eagerly: %s", graph.error)
-            elif graph.entry is None:
+            if graph.entry is not None:
+                continue
+            # A last batch of another size, say. Compiling for it would stop the training run for minutes.
+            late = "it was captured after training had begun, and is not in the cache" if self._sealed else None
+            graph.error = late or graph.lacking()
+            if graph.error is None:
                 jobs[graph.key] = (graph, worker.Job(graph.spec, graph.options, str(self._cache.new_package())))
+            else:
+                logger.info("a graph runs eagerly: %s", graph.error)
         if jobs:
             self._compile(jobs, progress)
         for graph in made.values():
@@ -136,8 +150,8 @@ class InductorBackend(AbstractBackend):
                 Path(job.path).unlink(missing_ok=True)
 
     def compiles_on(self, device: torch.device) -> bool:
-        """Whether graphs on a device are compiled: where the faster is kept, on CPUs only."""
-        return not self._measure or device.type == "cpu"
+        """Whether graphs on a device are compiled."""
+        return device.type in _DEVICES
 
     def seal(self) -> None:
         """Compile nothing any more; the cache is still looked at."""
@@ -178,6 +192,4 @@ class InductorBackend(AbstractBackend):
         except Exception as error:  # a graph of a kind never met must not stop the compilation
             logger.debug("a graph could not be read", exc_info=True)
             return _Lowered(error=f"{type(error).__name__}: {error}")
-        if not all(self.compiles_on(x.device) for x in spec.inputs):
-            return _Lowered(error="backend='auto' compiles for CPUs only; backend='inductor' compiles for GPUs too")
         return _Lowered(spec, plan, num_small, options, spec.digest(str(options), machine(), f"format {_FORMAT}"))

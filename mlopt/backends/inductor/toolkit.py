@@ -7,6 +7,8 @@ machine with a GPU has a ``libcuda.so.1``.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +16,22 @@ import subprocess
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
+_USUAL = (Path("/usr/local/cuda"), Path("/usr"))  # where torch looks last, and where compilers look anyway
+
+
+@functools.cache
+def missing() -> str | None:
+    """Return what compiling for a GPU lacks here besides what it lacks for a CPU, or None if it can be done.
+
+    Many machines have torch and a driver only; every graph would be tried, for seconds each and in every run.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [Path(given)] if given else [home for home in (_home(), *_USUAL) if home is not None]
+    if any((home / "include" / "cuda_runtime_api.h").is_file() for home in homes):
+        return None
+    return f"no headers of CUDA were found in {', '.join(map(str, homes))}; CUDA_HOME says where its toolkit is"
 
 
 def variables(directory: Path) -> dict[str, str]:
