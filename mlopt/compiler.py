@@ -175,9 +175,7 @@ class Compiler:
         if not eager:
             return None
         cancelled = threading.Event()
-        # Where a package is no faster than the calls that it replaces there is nothing to change over to.
-        measure = all(layout.device.type == "cpu" for layout in self.layouts.values())
-        backend = background_backend(self._cache_dir, cancelled, measure=measure)
+        backend = background_backend(self._cache_dir, cancelled)
         if isinstance(backend, str):
             warnings.warn(
                 f"warm_up: nothing can be compiled: {backend}. Graphs run by the eager backend, with the same results",

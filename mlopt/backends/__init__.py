@@ -85,17 +85,14 @@ def _without(name: str, lacking: str) -> AbstractBackend:
     return EagerBackend()
 
 
-def background_backend(
-    cache_dir: str | os.PathLike[str] | None, cancelled: threading.Event, *, measure: bool
-) -> AbstractBackend | str:
+def background_backend(cache_dir: str | os.PathLike[str] | None, cancelled: threading.Event) -> AbstractBackend | str:
     """Return the backend of ``"auto"`` that compiles beside a training run, or what it lacks here.
 
     Args:
         cache_dir: Where compiled graphs are kept.
         cancelled: Set when nobody waits for it any more.
-        measure: Keep whichever of eager and compiled is faster, per graph.
     """
     lacking = inductor.missing()
     if lacking is not None:
         return lacking
-    return _with_kernels(InductorBackend(cache_dir, measure=measure, cancelled=cancelled), cache_dir)
+    return _with_kernels(InductorBackend(cache_dir, measure=True, cancelled=cancelled), cache_dir)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import optimizer as torch_optimizer
@@ -177,7 +178,8 @@ class _Capture:
         devices = {p.device for p in self.parameters.values() if p.device.type == "cuda"}
         before = _plain_attributes(shadow)
         try:
-            with torch.random.fork_rng(devices=list(devices)):
+            # One mode for the metadata of all nodes: a trace of real tensors makes one per node where none is given.
+            with torch.random.fork_rng(devices=list(devices)), tracing(TracingContext(FakeTensorMode())):
                 recorded = make_fx(run)(*self.examples)
         except UpdateError:
             raise

@@ -43,7 +43,7 @@ def test_replaced_parts_are_the_same_errors_as_before(what, monkeypatch):
 
 def test_changing_over_from_eager_graphs(monkeypatch):
     """The upper problem changes over first; its programs need both."""
-    monkeypatch.setattr("mlopt.compiler.background_backend", lambda *args, measure: PackageBackend())
+    monkeypatch.setattr("mlopt.compiler.background_backend", lambda *args: PackageBackend())
     twins = Twins(make, monkeypatch, "eager")
     assert twins.step(4) == 0
     warm = [plan.warm_up() for plan in (twins.plan, twins.reference)]
