@@ -19,7 +19,7 @@ from mlopt.autodiff import FlatLayout, Recompute, SplitPolicy, TaskAxis
 from mlopt.backends import AbstractBackend, EagerBackend, Lowering, background_backend
 from mlopt.capture import LossGraph, ReadAttribute, capture_loss
 from mlopt.capture.tasks import showing_task
-from mlopt.checks import all_reads, check_devices, check_estimators, warn_about_unreached
+from mlopt.checks import all_reads, check_devices, check_estimators, unchanged_parameters, warn_about_unreached
 from mlopt.errors import (
     BackendWarning,
     CaptureError,
@@ -321,7 +321,7 @@ class Compiler:
             name, batch.signature()
         )
         try:
-            with showing_task(problems.values(), 0):
+            with showing_task(problems.values(), 0), unchanged_parameters(name, problems, values=False):
                 loss = capture_loss(
                     problems[name], list(problems.values()), one.tensors, one.spec, free_sizes=not fixed
                 )
@@ -362,7 +362,8 @@ class Compiler:
 
     def _island(self, name: str, batch: Batch, reason: str, error: CaptureError | None) -> Island:
         try:
-            reads = self._eager_reads(name, batch)
+            with unchanged_parameters(name, self.graph.problems):
+                reads = self._eager_reads(name, batch)
         except MloptError:
             raise
         except Exception as failure:  # the code itself fails; capture was not at fault

@@ -85,6 +85,9 @@ class Problem:
             positive integers, an optimizer that is missing or holds foreign parameters, an empty list as data.
     """
 
+    # What changes from step to step: a training_step that reads it cannot be a graph.
+    live_attributes: tuple[str, ...] = ("env", "optimizer", "scheduler")
+
     def __init__(
         self,
         name: str,
@@ -197,6 +200,11 @@ class Problem:
         """Whether `epoch_callback` is overridden."""
         return self._overrides("epoch_callback")
 
+    @property
+    def has_inner_loop_hook(self) -> bool:
+        """Whether `on_inner_loop_start` is overridden."""
+        return self._overrides("on_inner_loop_start")
+
     def get_extra_state(self) -> Any:
         """Return what ``plan.state_dict()`` is to hold of this object besides the usual: plain data and tensors."""
         return None
@@ -221,6 +229,9 @@ class Problem:
 
         These are the parameters of `module` that the optimizer holds and that require a gradient.
         """
+        names = self.__dict__.get("_trained_names")
+        if names is not None:
+            return {n: p for n, p in self.module.named_parameters() if n in names}
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         return {n: p for n, p in self.module.named_parameters() if id(p) in held and p.requires_grad}
 

@@ -1,6 +1,6 @@
 // The runtime classes in Python. Package and Call are documented where they are used, mlopt/backends/inductor/, the
-// operators and the loops in mlopt/linalg/, GlmSteps in mlopt/backends/native/, Program in
-// mlopt/runtime/native_step.py, small_mm_times in csrc/matmul/matmul_op.h.
+// operators and the loops in mlopt/linalg/, GlmSteps in mlopt/backends/native/, Program and
+// run_programs in mlopt/runtime/, small_mm_times in csrc/matmul/matmul_op.h.
 #include "bindings.h"
 
 #include <pybind11/functional.h>
@@ -102,6 +102,22 @@ void bind_runtime(py::module& m) {
           [](const Program& program, std::vector<at::Tensor> given, const std::vector<Program::Register>& wanted,
              const py::object& recorder) { return program.run(std::move(given), wanted, recorder); },
           py::call_guard<py::gil_scoped_release>());
+  py::class_<ProgramsResult>(m, "ProgramsResult")
+      .def_readonly("values", &ProgramsResult::values)
+      .def_readonly("doubtful", &ProgramsResult::doubtful)
+      .def("raise_error", [](const ProgramsResult& result) {
+        if (result.error) std::rethrow_exception(result.error);
+      });
+  m.def(
+      "run_programs",
+      [](std::vector<std::tuple<const Program*, std::vector<at::Tensor>, std::vector<Program::Register>>> given,
+         const std::vector<size_t>& order, const py::object& recorder) {
+        std::vector<ProgramCall> calls;
+        for (auto& [program, tensors, wanted] : given)
+          calls.push_back({program, std::move(tensors), std::move(wanted)});
+        return run_programs(calls, order, recorder);
+      },
+      py::call_guard<py::gil_scoped_release>());
 
   using Pairs = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;
   py::class_<Call, std::shared_ptr<Call>>(m, "Call")

@@ -6,6 +6,7 @@
 #include <ATen/ops/mul.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "../glm/glm_steps.h"
@@ -42,6 +43,16 @@ size_t input_at(const BoundCall& call, size_t hole) {
   for (size_t k = 0; k < call.arguments.size(); ++k)
     if (call.arguments[k] == static_cast<int64_t>(hole)) return k;
   TORCH_CHECK(false, "program: argument ", hole, " is not used");
+}
+
+// Whether no row of a state of conjugate gradients has broken down or is not finite; see mlopt/ops/state.py.
+bool is_sound(const at::Tensor& state) {
+  constexpr int64_t kSquare = 0, kStatus = 2, kConverged = 1, kColumns = 5;
+  const at::Tensor rows = state.to(at::kCPU, at::kDouble).contiguous();
+  const double* row = rows.const_data_ptr<double>();
+  for (int64_t k = 0; k < rows.numel(); k += kColumns)
+    if (!std::isfinite(row[k + kSquare]) || row[k + kStatus] > kConverged) return false;
+  return true;
 }
 
 const c10::StorageImpl* memory_of(const at::Tensor& tensor) { return tensor.storage().unsafeGetStorageImpl(); }
@@ -85,6 +96,7 @@ std::vector<Program::Register> Program::add_cg(const BoundCall& call, const std:
   check(b);
   const size_t input = input_at(call, hole);
   const Register x = next(), state = next(), scale = next();
+  states_.push_back(state);
   operations_.push_back([=](Registers& registers, pybind11::handle recorder) {
     std::shared_ptr<LinearOperator> a = operator_of(call, arguments, registers, hole, input);
     if (damping != 0) a = std::make_shared<DampedOperator>(std::move(a), damping);
@@ -102,6 +114,7 @@ std::vector<Program::Register> Program::add_neumann(const BoundCall& call, const
   check(b);
   const size_t input = input_at(call, hole);
   const Register sum = next(), term = next();
+  has_series_ = true;  // whether its terms grow is for the caller to see
   operations_.push_back([=](Registers& registers, pybind11::handle recorder) {
     const auto a = operator_of(call, arguments, registers, hole, input);
     at::Tensor last = registers[b].clone(at::MemoryFormat::Contiguous), total = last.clone();
@@ -176,6 +189,8 @@ Program::Made Program::run(std::vector<at::Tensor> given, const std::vector<Regi
     return std::binary_search(memories.begin(), memories.end(), memory_of(value)) ? value.clone() : value;
   };
   Made made;
+  made.is_sound = !has_series_ && std::all_of(states_.begin(), states_.end(),
+                                              [&](Register state) { return is_sound(registers[state]); });
   made.targets = targets_;
   for (Register value : wanted) made.values.push_back(kept(registers[value]));
   for (size_t k = 0; k < written_.size(); ++k) {
@@ -183,6 +198,28 @@ Program::Made Program::run(std::vector<at::Tensor> given, const std::vector<Regi
     made.written.push_back(value.sizes() == targets_[k].sizes() ? value : value.reshape(targets_[k].sizes()));
   }
   return made;
+}
+
+ProgramsResult run_programs(const std::vector<ProgramCall>& calls, const std::vector<size_t>& order,
+                            pybind11::handle recorder) {
+  for (size_t k : order) TORCH_CHECK(k < calls.size(), "programs: there is no call ", k);
+  ProgramsResult result;
+  result.values.reserve(order.size());
+  try {
+    for (size_t k : order) {
+      const ProgramCall& call = calls[k];
+      Program::Made made = call.program->run(call.given, call.wanted, recorder);
+      if (!made.is_sound) {
+        result.doubtful = std::move(made);
+        break;
+      }
+      made.write();
+      result.values.push_back(std::move(made.values));
+    }
+  } catch (...) {
+    result.error = std::current_exception();
+  }
+  return result;
 }
 
 }  // namespace mlopt

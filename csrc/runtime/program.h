@@ -10,8 +10,10 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "operator.h"
@@ -41,6 +43,9 @@ class Program {
   // What a run came to.
   struct Made {
     std::vector<at::Tensor> values;  // of the registers that were wanted
+
+    // Whether every solve ended in a way that nobody has to be told of, as far as that is known here.
+    bool is_sound = true;
 
     // Writes the new values.
     void write() const;
@@ -90,6 +95,26 @@ class Program {
   std::vector<std::function<void(Registers&, pybind11::handle)>> operations_;
   std::vector<Register> written_;
   std::vector<at::Tensor> targets_;
+  std::vector<Register> states_;  // of conjugate gradients
+  bool has_series_ = false;
 };
+
+// A program and what it is run with.
+struct ProgramCall {
+  const Program* program;
+  std::vector<at::Tensor> given;
+  std::vector<Program::Register> wanted;
+};
+
+struct ProgramsResult {
+  std::vector<std::vector<at::Tensor>> values;  // of each run that was made and written, those that were wanted
+  std::optional<Program::Made> doubtful;        // the run after these, not written, if it is not sound
+  std::exception_ptr error;                     // why it could not be made, if there is one and it was not
+};
+
+// Runs programs one after the other, each of which writes before the next one reads, up to the first run that is not
+// sound. order: which of the calls come when. Call it without the GIL.
+ProgramsResult run_programs(const std::vector<ProgramCall>& calls, const std::vector<size_t>& order,
+                            pybind11::handle recorder);
 
 }  // namespace mlopt

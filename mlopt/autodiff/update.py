@@ -108,7 +108,8 @@ def apply_update(
                 "be learned"
             )
         members = [v for v, group in zip(values, state.groups, strict=True) if group == i]
-        shadow.param_groups.append({**settings, **plain, **given, "params": members})
+        now = {**settings, **given}
+        shadow.param_groups.append({**now, **plain, **_without_zero_rate(optimizer, now, members), "params": members})
     shadow.state = collections.defaultdict(dict)
     for value, gradient, tensors, others in zip(values, gradients, state.tensors, state.others, strict=True):
         if tensors or others:
@@ -213,6 +214,21 @@ class _Differentiable(TorchFunctionMode):
         if function in (torch.tensor, torch.zeros, torch.ones) and result.ndim == 0 and result.is_floating_point():
             return result.double()
         return result
+
+
+def _without_zero_rate(
+    optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], parameters: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Return a learning rate that makes the same step as one of 0, as far as floats can tell, for who divides by it.
+
+    Adam's differentiable mode computes ``m / (sqrt(v) / rate + eps / rate)``: at 0, where a warm-up begins and a
+    cosine ends, the step is right and every derivative NaN. Small enough not to move a parameter, large enough that its
+    inverse may be squared.
+    """
+    rate = settings.get("lr")
+    if not isinstance(optimizer, torch.optim.Adam) or rate is None or float(rate) != 0 or not parameters:
+        return {}
+    return {"lr": rate + torch.finfo(parameters[0].dtype).tiny ** 0.4}
 
 
 def _safe_sqrt(x: torch.Tensor) -> torch.Tensor:

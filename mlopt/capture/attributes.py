@@ -2,8 +2,8 @@
 
 They become constants of the captured graph. A program that anneals ``self.temperature`` between steps would go on with
 the old value, silently, so capture records which plain values are read where, and a running plan looks at them again
-(see `mlopt.compiler`). Values that the code reads elsewhere, from globals or closures, cannot be seen; neither can the
-use of a counter that `training_step` itself advances, which only verification may notice.
+(see `mlopt.compiler`). The same goes for globals and variables of enclosing functions that the code names. What cannot
+be seen is the use of a counter that `training_step` itself advances, which only verification may notice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from mlopt.capture.places import variables_of
 from mlopt.problem import Problem
 
 _SCALARS = (bool, int, float, complex, str, type(None))
@@ -32,11 +33,13 @@ class ReadAttribute:
         owner: The problem or module that has it.
         name: Its name there.
         value: What it was, as `current` gives it.
+        label: What the user calls it, where that does not follow from the owner.
     """
 
     owner: object
     name: str
     value: object
+    label: str = ""
 
     def current(self) -> object:
         """Return what the attribute is now; something equal to `value` if it has not changed."""
@@ -45,6 +48,8 @@ class ReadAttribute:
 
     def describe(self, problems: Sequence[Problem]) -> str:
         """Name the attribute as the user would write it in the `training_step` of the problem that has it."""
+        if self.label:
+            return self.label
         for problem in problems:
             if self.owner is problem:
                 return f"self.{self.name} of problem {problem.name!r}"
@@ -58,11 +63,12 @@ class AttributeRecorder:
     """The plain values read so far.
 
     Attributes:
-        read_env: The problem whose ``env`` was read, if one was.
+        read_live: The problem of which something was read that changes from step to step, and what; None if nothing
+            was.
     """
 
     def __init__(self) -> None:
-        self.read_env: Problem | None = None
+        self.read_live: tuple[Problem, str] | None = None
         self._first: dict[tuple[int, str], ReadAttribute] = {}
 
     def note(self, owner: object, name: str, value: object) -> None:
@@ -72,6 +78,16 @@ class AttributeRecorder:
         plain = value if isinstance(value, _SCALARS) else _plain(value)
         if plain is not _ABSENT:
             self._first[id(owner), name] = ReadAttribute(owner, name, plain)
+
+    def note_variables(self, problem: Problem) -> None:
+        """Remember the plain values of the variables that the code of a problem's `training_step` names."""
+        for place in variables_of(problem):
+            with contextlib.suppress(ValueError, AttributeError):  # an empty cell
+                value = getattr(place.owner, place.name)
+                plain = value if isinstance(value, _SCALARS) else _plain(value)
+                if plain is not _ABSENT:
+                    owner, name, label = place
+                    self._first[id(owner), name] = ReadAttribute(owner, name, plain, label)
 
     def unchanged(self) -> tuple[ReadAttribute, ...]:
         """Return the attributes that still have the value they were first read with.
@@ -88,8 +104,9 @@ def recording_attributes() -> Iterator[AttributeRecorder]:
 
     def read(owner: object, name: str) -> Any:
         value = object.__getattribute__(owner, name)  # an AttributeError goes on to __getattr__, as always
-        if name == "env" and value is not None and isinstance(owner, Problem):
-            recorder.read_env = owner
+        kind = type(owner)  # `isinstance` would ask the owner for its class, and so this function
+        if issubclass(kind, Problem) and value is not None and name in kind.live_attributes:
+            recorder.read_live = owner, name  # type: ignore[assignment]
         if name not in _MACHINERY and _is_plain_place(owner, name) and _varies(owner, value):
             recorder.note(owner, name, value)
         return value
@@ -117,7 +134,7 @@ def _varies(owner: object, value: object) -> bool:
     return isinstance(value, float) or not type(owner).__module__.startswith("torch.")
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, depth: int = 4) -> object:
     """Return the scalars in a settings object (a namespace, a dataclass, a dict), or `_ABSENT` for anything else."""
     if isinstance(value, types.SimpleNamespace | argparse.Namespace) or (
         dataclasses.is_dataclass(value) and not isinstance(value, type)
@@ -125,4 +142,9 @@ def _plain(value: object) -> object:
         value = vars(value) if hasattr(value, "__dict__") else {}
     elif type(value) is not dict:
         return _ABSENT
-    return tuple((k, v) for k, v in value.items() if isinstance(k, str) and isinstance(v, _SCALARS))
+    found = []
+    for key, part in value.items():
+        plain = part if isinstance(part, _SCALARS) else _plain(part, depth - 1) if depth > 1 else _ABSENT
+        if isinstance(key, str) and plain is not _ABSENT:
+            found.append((key, plain))
+    return tuple(found)

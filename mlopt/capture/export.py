@@ -8,10 +8,11 @@ and need no declaration.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mlopt.capture.attributes import ReadAttribute, recording_attributes
-from mlopt.capture.backward import hooked_parameters, watching_backward
+from mlopt.capture.attributes import ReadAttribute
+from mlopt.capture.backward import hooked_parameters
 from mlopt.capture.batch import BatchSpec
 from mlopt.capture.fake_cache import fake_cache
 from mlopt.capture.guard import ShapeGuard
@@ -33,8 +34,8 @@ from mlopt.capture.normalize import (
     return_items_as_tensors,
     written_placeholders,
 )
-from mlopt.capture.output import listening
 from mlopt.capture.record import GraphInput, InputRole, LossGraph, Metric
+from mlopt.capture.watch import StepWatch, own_backward_error
 from mlopt.errors import CaptureError, LossError, MloptError, ProblemError
 from mlopt.precision import autocast
 from mlopt.problem import Problem
@@ -81,6 +82,7 @@ def capture_loss(
             sdpa_kernel(SDPBackend.MATH),
             autocast(problem.precision, problem.device),
             fake_cache(len(handed) + sum(1 for _ in itertools.chain(wrapper.parameters(), wrapper.buffers()))),
+            _naming_trained(problems),
         ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, (tuple(handed),), dynamic_shapes=(tuple(shapes),), strict=False)
@@ -91,6 +93,18 @@ def capture_loss(
             raise wrapper.seen.error from None
         raise _capture_error(problem, error) from error
     return _to_record(exported, wrapper, problem, problems, spec, num_tensors=len(tensors))
+
+
+@contextlib.contextmanager
+def _naming_trained(problems: Sequence[Problem]) -> Iterator[None]:
+    """Tell `Problem.trained_parameters` which there are by name: their modules will hold stand-ins for them."""
+    for p in problems:
+        p.__dict__["_trained_names"] = frozenset(p.trained_parameters())
+    try:
+        yield
+    finally:
+        for p in problems:
+            del p.__dict__["_trained_names"]
 
 
 class _Seen:
@@ -115,6 +129,7 @@ class _LossModule(nn.Module):
         for p in problems:
             self.add_module(p.name, p.module)
         object.__setattr__(self, "_problem", problem)
+        object.__setattr__(self, "_watch", StepWatch(problem, problems))
         self._spec = spec
         self._num_tensors = num_tensors
         self.seen = _Seen()
@@ -125,7 +140,7 @@ class _LossModule(nn.Module):
         try:
             batch = self._spec.unflatten(tensors[: self._num_tensors])
             before = _buffers(self)
-            with listening() as listener, watching_backward() as watcher, recording_attributes() as recorder:
+            with self._watch:
                 result = problem.training_step(batch)
             replaced = [name for name, buffer in _buffers(self).items() if before.get(name) is not buffer]
             if replaced:  # torch.export would lose the write
@@ -133,19 +148,8 @@ class _LossModule(nn.Module):
                     f"problem {problem.name!r}: its training_step replaces the buffer {replaced[0]!r}; write it "
                     "in place (buffer.copy_(...)) to have it captured"
                 )
-            if listener.line is not None:
-                raise CaptureError(
-                    f"problem {problem.name!r}: its training_step prints or logs, and a captured one runs only once\n"
-                    f"  at {listener.line}"
-                )
-            if recorder.read_env is not None:
-                raise CaptureError(
-                    f"problem {problem.name!r}: its training_step reads the `env` of problem "
-                    f"{recorder.read_env.name!r}, and a captured one would act on it only once; call it in get_batch"
-                )
-            seen.attributes = recorder.unchanged()
-            if watcher.found is not None:
-                raise _own_backward_error(problem, watcher.found)
+            self._watch.refuse()
+            seen.attributes = self._watch.attributes()
             loss, metrics = split_result(problem.name, result)
             check_loss(problem.name, loss)
         except MloptError as error:
@@ -164,14 +168,6 @@ class _LossModule(nn.Module):
             else:
                 seen.constant_metrics[name] = value
         return loss.reshape(()), *outputs
-
-
-def _own_backward_error(problem: Problem, what: str) -> CaptureError:
-    return CaptureError(
-        f"problem {problem.name!r}: its training_step uses {what}\n"
-        "  A captured graph has the derivative of the forward and would not run it. Written with plain tensor "
-        "operations (x + (x.round() - x).detach(), say, for a straight-through rounding) it can be captured."
-    )
 
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -301,7 +297,7 @@ def _to_record(
             reads.setdefault(inputs[i].problem, []).append(inputs[i].name)
     hooked = hooked_parameters(inputs[i] for i in sorted(used))
     if hooked:
-        raise _own_backward_error(problem, f"the parameter {hooked[0]}, which has a gradient hook")
+        raise own_backward_error(problem, f"the parameter {hooked[0]}, which has a gradient hook")
     for i in sorted(written_placeholders(module, placeholders)):
         if inputs[i].role not in (InputRole.BUFFER, InputRole.BATCH):
             raise ProblemError(

@@ -353,10 +353,12 @@ class Engine:
                 if self._warming is not None:
                     self._warming.poll()
                 count = self._steps_to_next_look()
-                began = time.monotonic()
-                results = self.plan.run(count, on_results=self._add)
+                began, before = time.monotonic(), self.plan.num_steps
+                try:
+                    results = self.plan.run(count, on_results=self._add)
+                finally:  # an error in the middle of them: a run that goes on must not make them again
+                    self.step += self.plan.num_steps - before
                 self._pace = (time.monotonic() - began) / count
-                self.step += count
                 for callback in self._callbacks:
                     callback.on_step_end(self, results)
                 saved = self._look()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,18 +32,20 @@ class AheadRunner:
         """Return how many global steps may be made by letting every lowest problem make so many steps on its own.
 
         After fewer steps no other problem would be due. It is 1 where that would change a result: random numbers are
-        drawn by torch's one generator, so only one of all data and losses concerned may draw. It is 1 with a guard,
-        too, which looks at every single step.
+        drawn by torch's one generator, so only one of all data and losses concerned may draw; and where lowest problems
+        depend on each other. It is 1 with a guard, too, which looks at every single step.
 
         Args:
             limit: The most that are wanted, at least 1.
         """
         plan = self._executor.plan
-        lowest = [p.name for p in plan.problems if not p.lowers]
+        calendar = self._executor.calendar
         alone = self._executor.keep_gradients or self._executor.check.guard is not None
-        if limit == 1 or alone or not any(plan[name].runs_ahead for name in lowest):
+        if limit == 1 or alone or not any(plan[name].runs_ahead for name in calendar.lowest):
             return 1
-        streams = {name: self._executor.states[name].stream for name in lowest}
+        if not self._executor.lowest_are_independent:
+            return 1
+        streams = {name: self._executor.states[name].stream for name in calendar.lowest}
         if not all(stream.may_run_ahead for stream in streams.values()):
             return 1
         compiled, num_drawing = False, sum(not stream.is_still for stream in streams.values())
@@ -54,15 +55,7 @@ class AheadRunner:
             compiled |= derivatives.step is not None and derivatives.step.is_used()
         if num_drawing > 1 or not compiled:
             return 1
-        for p in plan.problems:
-            wait: float = 1
-            for lower in p.lowers:
-                since = self._executor.states[lower].num_steps - self._executor.unroll_start(p.name, lower)
-                missing = self._executor.problems[lower].unroll_steps - since
-                wait = max(wait, missing if lower in lowest or missing <= 0 else math.inf)
-            if p.lowers:
-                limit = int(min(limit, wait))
-        return limit
+        return calendar.steps_until_due(limit)
 
     def steps(self, name: str, count: int, on_results: OnResults | None) -> dict[str, Any]:
         """Make several optimizer steps of a lowest problem.
@@ -119,8 +112,7 @@ class AheadRunner:
             self._executor.derive.user_code_ran()
         if outcome.num_steps:
             state.samples = (Sample(batches[outcome.num_steps - 1]),)
-            state.stream.advance(outcome.num_steps)
-            state.num_steps += outcome.num_steps
+            self._executor.account(name, outcome.num_steps, outcome.num_steps)
         if outcome.error is not None:
             if not isinstance(outcome.error, Exception):  # Ctrl-C
                 raise outcome.error

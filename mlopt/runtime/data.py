@@ -231,7 +231,8 @@ class _Cycle:
                 f"{self._label} yields no batch; the loader must yield at least one (drop_last=True on a data set "
                 "smaller than the batch size?)"
             )
-        if iter(self._data) is self._data:
+        # Not by ``iter(data) is data``: a DataLoader draws a seed, and starts its workers, whenever it is asked.
+        if isinstance(self._data, Iterator):
             raise DataError(
                 f"{self._label} ran out, and {type(self._data).__name__} cannot be iterated again; pass something "
                 "re-iterable (a DataLoader, a list)"

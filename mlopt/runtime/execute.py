@@ -36,6 +36,7 @@ from mlopt.runtime.derivatives import (
     mean_result,
 )
 from mlopt.runtime.derive import Derivation, Derive
+from mlopt.runtime.due import Calendar
 from mlopt.runtime.finite import StepCheck
 from mlopt.runtime.history import History
 from mlopt.runtime.lowered_update import CompiledUpdate
@@ -78,7 +79,9 @@ class Executor:
         quiet: Do not warn of solves that end badly.
 
     Attributes:
+        calendar: Tells whose turn it is.
         derive: Gets the derivatives of problems.
+        native: Steps of problems above others as programs.
         keep_gradients: See `Plan.keep_gradients`.
         seen: As given.
         histories: Of problems whose steps are differentiated, the last of these.
@@ -100,13 +103,14 @@ class Executor:
         self.problems = problems
         self.layouts = layouts
         self.states = {name: ProblemState(streams[name]) for name in problems}
+        self.calendar = Calendar(plan, problems, self.states)
         self.guesses: dict[tuple[str, str], torch.Tensor] = {}  # (problem stepped, slot) -> previous q
         self.keep_gradients = False
         self.check = StepCheck(plan, problems)
         self.seen = {name: tuple((seen or {}).get(name, plan[name].reads)) for name in problems}
         self.derive = Derivation(derive)
         self._quiet = quiet
-        self._native = NativeSteps(plan, layouts)
+        self.native = NativeSteps(plan, layouts)
         self.unrolls: dict[str, Unroll] = {}
         self.histories = {
             i.problem: History(problems[i.problem], [problems[r] for r in self.seen[i.problem]], i.steps)
@@ -116,21 +120,21 @@ class Executor:
         }
         self._warned: set[tuple[str, str, Outcome]] = set()
 
-    def is_due(self, name: str) -> bool:
-        """Whether a problem steps now: its lower problems have made their steps since its last one."""
-        for lower in self.plan[name].lowers:
-            if self.states[lower].num_steps - self.unroll_start(name, lower) < self.problems[lower].unroll_steps:
-                return False
-        return True
-
-    def unroll_start(self, name: str, lower: str) -> int:
-        """Return the step of a lower problem from which its steps count for the next one of `name`."""
-        return max(self.states[name].steps_seen.get(lower, 0), self.problems[lower].warmup_steps)
-
     def derivatives(self, name: str, batch: Batch) -> AbstractDerivatives:
         """Return the derivatives of a problem that are valid for a batch."""
         self.derive.begin()
         return self.derive(name, batch)
+
+    @property
+    def lowest_are_independent(self) -> bool:
+        """Whether a lowest problem may make several steps before another one makes its first.
+
+        Not where one reads tensors of another, be it a buffer; nor where code of the user's runs around their steps.
+        """
+        lowest = self.calendar.lowest
+        return len(lowest) == 1 or not any(
+            self.problems[name].step_hooks() or set(lowest).intersection(self.seen[name]) for name in lowest
+        )
 
     def next_batches(self, name: str, count: int) -> list[Batch]:
         """Fetch the next batches of a problem without using them up."""
@@ -169,9 +173,7 @@ class Executor:
         self._begin_unrolls(name)
         samples: Sequence[Sample] = [Sample(b) for b in batches]
         made = self._step_on(name, samples)
-        state.stream.advance(count)
-        state.num_steps += 1
-        state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
+        self.account(name, count)
         if not made.left_out:
             for unroll in self._open_unrolls(name):
                 unroll.steps.append((name, state.samples))
@@ -187,6 +189,13 @@ class Executor:
         if interrupt is not None:
             raise interrupt
         return made.results
+
+    def account(self, name: str, num_batches: int, num_steps: int = 1) -> None:
+        """Use up batches of a problem for steps that have been made, and count these."""
+        state = self.states[name]
+        state.stream.advance(num_batches)
+        state.num_steps += num_steps
+        state.steps_seen = {lower: self.states[lower].num_steps for lower in self.plan[name].lowers}
 
     def _step_on(self, name: str, samples: Sequence[Sample]) -> Made:
         """Make one optimizer step on given micro-batches, with their random numbers if they have been used."""
@@ -235,20 +244,20 @@ class Executor:
             return None
         batches = {key: each[0].batch for key, each in given.items()}
         self.derive.begin()
-        if self._total_update(name, self.derive(name, batches[name])) is None:
+        if self.total_update(name, self.derive(name, batches[name])) is None:
             return None
-        made = self._native.step(name, batches, self.derive)
+        made = self.native.step(name, batches, self.derive)
         if made is None:
             return None
         for instruction, solution in made.solutions:
-            self._report(name, instruction, solution.outcome)
+            self.report(name, instruction, solution.outcome)
         self.states[name].samples = (Sample(batches[name]),)
         made.write()
         mark_stepped(self.problems[name].optimizer)
         self._step_scheduler(name, made.results["loss"])
         return Made(made.results)
 
-    def _total_update(self, name: str, derivatives: AbstractDerivatives | None) -> CompiledUpdate | None:
+    def total_update(self, name: str, derivatives: AbstractDerivatives | None) -> CompiledUpdate | None:
         """Return the compiled update, where there is one and nobody wants to see the gradient."""
         if self.keep_gradients or name in self.histories or self.check.looks_at(name):
             return None
@@ -260,7 +269,7 @@ class Executor:
 
     def _update_compiled(self, name: str, run: Pass) -> bool:
         """Make the update by its compiled graph, where that can be."""
-        indirect, compiled = run.slots.get(HYPERGRADIENT), self._total_update(name, run.derivatives)
+        indirect, compiled = run.slots.get(HYPERGRADIENT), self.total_update(name, run.derivatives)
         if indirect is None or compiled is None:
             return False
         assert run.result is not None
@@ -337,7 +346,7 @@ class Executor:
             starts = False  # the warm-up steps have begun this unroll
         if self.states[name].num_steps != 0 and not starts:
             return
-        if "on_inner_loop_start" in problem.step_hooks():
+        if problem.has_inner_loop_hook:
             problem.on_inner_loop_start()
             self.derive.user_code_ran()
             if name in self.histories:
@@ -503,9 +512,10 @@ class Executor:
         run.solutions[instruction.out] = solution
         if keep_guesses and estimator.warm_start:
             self.guesses[key] = solution.value
-        self._report(name, instruction, solution.outcome)
+        self.report(name, instruction, solution.outcome)
 
-    def _report(self, name: str, instruction: Solve, outcome: Outcome) -> None:
+    def report(self, name: str, instruction: Solve, outcome: Outcome) -> None:
+        """Warn, once, of a solve for the step of a problem that ended badly."""
         key = (name, instruction.out, outcome)
         if outcome is Outcome.NON_FINITE and self.problems[instruction.problem].loss_scale is not None:
             return  # the loss scale is finding its value

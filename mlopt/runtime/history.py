@@ -27,12 +27,10 @@ class State:
     Attributes:
         parameters: Values of the trained parameters in layout order.
         optimizer: State of the optimizer.
-        buffers: ``id`` of a live buffer -> its value.
     """
 
     parameters: list[torch.Tensor]
     optimizer: OptimizerState
-    buffers: dict[int, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,8 @@ class StepRecord:
     Attributes:
         samples: Its micro-batches.
         settings: The optimizer's group settings (learning rates move).
-        reads: ``id`` of a parameter of another problem -> the value it had. Shared between records until it changes.
+        reads: ``id`` of a buffer, or of a parameter of another problem -> the value it had: anybody may write them
+            between two steps. Shared between records until it changes.
         extra: What was added to the gradient of the own loss, in layout order; None for nothing.
     """
 
@@ -57,13 +56,14 @@ class History:
 
     Args:
         problem: The problem.
-        peers: The problems whose parameters its steps read.
+        peers: The problems whose tensors its steps read.
         num_steps: K, how many steps are kept.
     """
 
     def __init__(self, problem: Problem, peers: Sequence[Problem], num_steps: int) -> None:
         self._problem = problem
         self._reads = [p for peer in peers for p in peer.module.parameters()]
+        self._reads += [b for each in (problem, *peers) for b in each.module.buffers()]
         self._num_steps = num_steps
         self.interval = math.ceil(math.sqrt(num_steps))
         self._first = 0  # number of the first record
@@ -131,7 +131,6 @@ class History:
         return State(
             [p.detach().clone() for p in trained],
             OptimizerState.of(self._problem.optimizer, trained),
-            {id(b): b.detach().clone() for b in self._problem.module.buffers()},
         )
 
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
@@ -160,7 +159,6 @@ class History:
                     "step": step,
                     "parameters": state.parameters,
                     "optimizer": vars(state.optimizer),
-                    "buffers": named(state.buffers),
                 }
                 for step, state in self._checkpoints
             ],
@@ -186,7 +184,7 @@ class History:
             for r in state["records"]
         )
         self._checkpoints = collections.deque(
-            (c["step"], State(c["parameters"], OptimizerState(**c["optimizer"]), live(c["buffers"])))
+            (c["step"], State(c["parameters"], OptimizerState(**c["optimizer"])))
             for c in state["checkpoints"]
         )
 
@@ -205,4 +203,4 @@ def _copied(value: Any) -> Any:
 def point(record: StepRecord, state: State, trained: Mapping[str, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Return the values of all live tensors at a recorded step."""
     own = {id(p): value for p, value in zip(trained.values(), state.parameters, strict=True)}
-    return {**record.reads, **state.buffers, **own}
+    return {**record.reads, **own}

@@ -9,7 +9,7 @@ way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -100,6 +100,16 @@ class LoweredUpdate:
         if self._targets is None:
             self._targets = self._update.targets()
         return self._targets
+
+    def unchanged(self) -> Callable[[], bool]:
+        """Return what tells whether `accepts`, `settings_now` and `targets` would answer as they did last."""
+        settings, targets = self._settings, self._targets
+
+        def is_unchanged() -> bool:
+            known = settings is not None and self.is_used() and self.accepts()
+            return known and self._settings is settings and self._targets is targets
+
+        return is_unchanged
 
     def written(self) -> None:
         """Do what is left to do where somebody else has written the new values into `targets`."""

@@ -29,7 +29,7 @@ from mlopt.planner import ExecutionPlan, Gradient, Linearize, MixedProduct, Solv
 from mlopt.planner.instructions import HYPERGRADIENT
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, GraphDerivatives
-from mlopt.runtime.programs import Programs, UnsuitableError, bound_call
+from mlopt.runtime.programs import Programs, ReadyStep, UnsuitableError, Wanted, bound_call
 
 _NO_TENSOR = -1  # mlopt::BoundCall::kNothing
 
@@ -101,26 +101,42 @@ class NativeStep:
         """Whether the update would write into the same tensors."""
         return all(map(operator.is_, self._update.targets(), self._targets))
 
+    def call(self, batches: Mapping[str, Batch]) -> tuple[Any, list[torch.Tensor], list[int]]:
+        """Return the program, what it is given, and the registers that `read` reads."""
+        return self._program, self._given(batches), self._wanted
+
     def run(self, batches: Mapping[str, Batch]) -> NativeOutcome:
         """Make the step, as far as nothing is changed.
 
         Raises:
             RuntimeError: A tensor is not what it was.
         """
-        made = self._program.run(self._given(batches), self._wanted, ops.recorder_for(self._device))
-        values = made.values
+        program, given, wanted = self.call(batches)
+        made = program.run(given, wanted, ops.recorder_for(self._device))
+
+        def write() -> None:
+            made.write()
+            self.written()
+
+        return NativeOutcome(*self.read(made.values), write)
+
+    def read(self, values: Sequence[torch.Tensor]) -> tuple[dict[str, Any], list[tuple[Solve, Solution]]]:
+        """Return loss and metrics, and how each solve went."""
         end = 1 + len(self._losses[0].metrics)
         results = {"loss": values[0], **self._losses[0].named_metrics(values[1:end])}
         solutions = []
         for solved in self._solved:
             start, end = end, end + len(solved.registers)
             solutions.append((solved.instruction, _solution(solved.instruction, values[start:end])))
+        return results, solutions
 
-        def write() -> None:
-            made.write()
-            self._update.written()
+    def unchanged(self) -> Callable[[], bool]:
+        """Return what tells whether `call` would give the same: see `LoweredUpdate.unchanged`."""
+        return self._update.unchanged()
 
-        return NativeOutcome(results, solutions, write)
+    def written(self) -> None:
+        """Do what is left to do where the new values have been written."""
+        self._update.written()
 
     def _given(self, batches: Mapping[str, Batch]) -> list[torch.Tensor]:
         given: list[torch.Tensor] = []
@@ -169,6 +185,8 @@ class _Builder:
                 key = instruction.problem
                 self._residuals[key] = self._call(derivatives[key].compiled("primal"), inputs[key])
             elif isinstance(instruction, Solve):
+                if instruction.problem not in self._residuals:
+                    raise UnsuitableError(f"{instruction.estimator!r} multiplies with no Hessian")
                 self._solve(instruction, derivatives[instruction.problem])
             elif isinstance(instruction, MixedProduct) and instruction.step is None:
                 self._mixed(instruction, derivatives[instruction.problem])
@@ -281,18 +299,43 @@ class NativeSteps:
             batches: Of the problem itself, first, and of those that its step linearizes.
             derive: Gives the derivatives that are valid for a batch.
         """
-        derivatives = {key: derive(key, batch) for key, batch in batches.items()}
-        own = derivatives[name]
-        made_by = [(id(d), id(d.backend)) for d in derivatives.values()]
-        key = (name, id(own.update), *made_by, *[_sizes(b) for b in batches.values()])
-        program = self._programs.get(name, key, NativeStep.is_right, lambda: self._build(name, derivatives, batches))
+        wanted = self._program(name, batches, derive)
+        program = self._programs.get(wanted)
         if program is None:
             return None
         try:
             return program.run(batches)
         except RuntimeError as error:
-            self._programs.give_up(name, key, error)
+            self._programs.give_up(wanted, error)
             return None
+
+    def ready(
+        self, name: str, batches: Mapping[str, Batch], derive: Callable[[str, Batch], AbstractDerivatives]
+    ) -> ReadyStep | None:
+        """Return what makes a step, if its program has been put together. Arguments: as for `step`."""
+        wanted = self._program(name, batches, derive)
+        program = self._programs.ready(wanted)
+        if program is None:
+            return None
+        return ReadyStep(
+            program.call(batches),
+            program.unchanged(),
+            program.read,
+            program.written,
+            lambda error: self._programs.give_up(wanted, error),
+        )
+
+    def _program(
+        self, name: str, batches: Mapping[str, Batch], derive: Callable[[str, Batch], AbstractDerivatives]
+    ) -> Wanted[NativeStep]:
+        derivatives = {key: derive(key, batch) for key, batch in batches.items()}
+        made_by = [(id(d), id(d.backend)) for d in derivatives.values()]
+        return Wanted(
+            name,
+            (name, id(derivatives[name].update), *made_by, *[_sizes(b) for b in batches.values()]),
+            NativeStep.is_right,
+            lambda: self._build(name, derivatives, batches),
+        )
 
     def _build(
         self, name: str, derivatives: Mapping[str, AbstractDerivatives], batches: Mapping[str, Batch]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from mlopt.runtime.data import Batch
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 from mlopt.runtime.finite import NonFiniteGuard
-from mlopt.runtime.plan_state import restore, state_of
+from mlopt.runtime.plan_state import Unfinished, restore, state_of
+from mlopt.runtime.rounds import RoundRunner
 from mlopt.runtime.saving.export import export_hypergradient
 from mlopt.runtime.saving.write import save as write_plan
 from mlopt.runtime.warm_up import WarmUp
@@ -50,6 +51,8 @@ class Plan:
         self.num_steps = 0
         self._executor = executor
         self._ahead = AheadRunner(executor)
+        self._rounds = RoundRunner(executor)
+        self._unfinished: Unfinished | None = None
         self._report = report
         self._reference = reference
         self._warm_up = warm_up
@@ -67,8 +70,7 @@ class Plan:
             NonFiniteError: The guard (see `set_guard`) found a step that is not finite; or an fp16 problem overflows
                 whatever its loss scale.
         """
-        with self._executor.derive.uninterrupted():
-            return self._advance(1, None)
+        return self._make(1, None)[1]
 
     def run(self, num_steps: int, *, on_results: OnResults | None = None) -> StepResult:
         """Make several global steps; what they do is what as many calls of `step` do.
@@ -87,37 +89,100 @@ class Plan:
         """
         latest: StepResult = {}
         while num_steps > 0:
-            with self._executor.derive.uninterrupted():
-                count = self._ahead.steps_until_due(num_steps)
-                results = self._advance(count, on_results)
+            count, results = self._make(num_steps, on_results)
             latest.update(results)
             num_steps -= count
         return latest
 
-    def _advance(self, count: int, on_results: OnResults | None) -> StepResult:
-        """Make global steps, of which only the last may have other than lowest problems due."""
-        executor = self._executor
-        guard = executor.check.guard
-        if guard is not None:
-            guard.begin(self.num_steps + 1, self.graph.problems, executor.snapshot)
-        if count > 1:
-            lowest = [p.name for p in self.program.problems if not p.lowers]
-            before = {name: executor.states[name].num_steps for name in lowest}
-            try:
-                ahead = {name: self._ahead.steps(name, count, on_results) for name in lowest}
-            except BaseException:
-                self.num_steps += min(executor.states[name].num_steps - before[name] for name in lowest)
-                raise
-        else:
-            lowest, ahead = [], {}
+    def _make(self, limit: int, on_results: OnResults | None) -> tuple[int, StepResult]:
+        """Make some global steps, at most `limit`; return how many, and the latest results."""
+        with self._executor.derive.uninterrupted():
+            if self._unfinished is not None:
+                return self._finish(on_results)
+            outcome = self._rounds.run(limit) if on_results is None else None
+            if outcome is None:
+                count = self._ahead.steps_until_due(limit)
+                return count, self._advance(count, on_results)
+            self.num_steps += outcome.num_steps
+            if outcome.error is not None:
+                made = {n: outcome.count * (n in outcome.begun) for n in self._executor.calendar.lowest}
+                self._interrupted(outcome.count, made)
+                raise outcome.error
+            if not outcome.begun:
+                return outcome.num_steps, outcome.results
+            rest = self._advance(outcome.count, None, outcome.begun)
+            return outcome.num_steps + outcome.count, {**outcome.results, **rest}
+
+    def _advance(self, count: int, on_results: OnResults | None, begun: Collection[str] = ()) -> StepResult:
+        """Make global steps, of which only the last may have other than lowest problems due.
+
+        Args:
+            count: How many.
+            on_results: See `run`.
+            begun: The problems that have made their steps already.
+        """
+        executor, lowest = self._executor, self._executor.calendar.lowest
+        self._begin_guard()
+        before = {name: executor.states[name].num_steps - count * (name in begun) for name in lowest}
+        ahead: StepResult = {}
         results: StepResult = {}
-        for name in self.graph.problems:
-            if name not in lowest and executor.is_due(name):
-                results[name] = executor.step(name)
+        try:
+            for name in lowest:
+                if count > 1 and name not in begun:
+                    ahead[name] = self._ahead.steps(name, count, on_results)
+            for name in self.graph.problems:
+                if name not in begun and not (count > 1 and name in lowest) and executor.calendar.is_due(name):
+                    results[name] = executor.step(name)
+        except BaseException:
+            self._interrupted(count, {name: executor.states[name].num_steps - before[name] for name in lowest})
+            raise
         self.num_steps += count
         if on_results is not None and results:
             on_results(results, 1)
         return {**ahead, **results}
+
+    def _begin_guard(self) -> None:
+        guard = self._executor.check.guard
+        if guard is not None:
+            guard.begin(self.num_steps + 1, self.graph.problems, self._executor.snapshot)
+
+    def _interrupted(self, count: int, made: Mapping[str, int]) -> None:
+        """Count the global steps that are whole, and remember what is left of the one that is not.
+
+        Args:
+            count: How many were to be made.
+            made: The steps of each lowest problem.
+        """
+        whole, most = min(made.values()), max(made.values())
+        if whole == count:  # a problem above failed
+            self.num_steps += count - 1
+            self._unfinished = Unfinished({}, 1)
+            return
+        self.num_steps += whole
+        if most > whole:
+            self._unfinished = Unfinished({n: most - m for n, m in made.items() if m < most}, most - whole)
+
+    def _finish(self, on_results: OnResults | None) -> tuple[int, StepResult]:
+        """End what was interrupted: what has been done of it is not done again."""
+        executor, unfinished = self._executor, self._unfinished
+        assert unfinished is not None
+        self._begin_guard()
+        results: StepResult = {}
+        for name, left in list(unfinished.left.items()):
+            before = executor.states[name].num_steps
+            try:
+                results[name] = self._ahead.steps(name, left, on_results)
+            finally:
+                unfinished.left[name] -= executor.states[name].num_steps - before
+        above: StepResult = {}
+        for name in self.graph.problems:
+            if name not in executor.calendar.lowest and executor.calendar.is_due(name):
+                above[name] = executor.step(name)
+        self._unfinished = None
+        self.num_steps += unfinished.num_steps
+        if on_results is not None and above:
+            on_results(above, 1)
+        return unfinished.num_steps, {**results, **above}
 
     def steps_of(self, problem: str | Problem) -> int:
         """Return how many optimizer steps a problem has made.
@@ -235,7 +300,7 @@ class Plan:
         Raises:
             DataError: A batch holds a container that cannot be made plain data.
         """
-        return state_of(self._executor, self.num_steps)
+        return state_of(self._executor, self.num_steps, self._unfinished)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put the plan and the user's live objects into a state that `state_dict` returned.
@@ -251,7 +316,7 @@ class Plan:
             StateError: The state is that of another program; names the problem and the tensor.
             DataError: The data is not that of which the position is.
         """
-        self.num_steps = restore(self._executor, state)
+        self.num_steps, self._unfinished = restore(self._executor, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan so that `mlopt.load` runs it in another process, without capturing or compiling.
@@ -269,7 +334,7 @@ class Plan:
                 step, learned optimizer settings; or `path` is something else.
         """
         reads = {name: self.graph.reads(name) for name in self.graph.problems}
-        write_plan(path, self._executor, self.program, reads, self._report, self.num_steps)
+        write_plan(path, self._executor, self.program, reads, self._report, self.state_dict())
 
     def export_hypergradient(self, problem: str | Problem, path: str | os.PathLike[str]) -> None:
         """Write the hypergradient of a two-level program as machine code that C++ can call without Python.

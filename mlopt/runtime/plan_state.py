@@ -7,6 +7,7 @@ Everything in it is a tensor, number, string, dict, list or tuple, so `torch.loa
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +23,27 @@ from mlopt.runtime.state import Sample
 FORMAT = 1
 
 
-def state_of(executor: Executor, num_steps: int) -> dict[str, Any]:
+@dataclasses.dataclass
+class Unfinished:
+    """Global steps that ended in an error when part of them had been made.
+
+    Attributes:
+        left: The lowest problems that have not made all their steps, and how many are left. What is due above them
+            then, the counters of their steps tell.
+        num_steps: How many global steps it will have been.
+    """
+
+    left: dict[str, int]
+    num_steps: int
+
+
+def state_of(executor: Executor, num_steps: int, unfinished: Unfinished | None = None) -> dict[str, Any]:
     """Copy the state; see `Plan.state_dict`."""
     names = {id(t): name for name, t in _live_tensors(executor.problems).items()}
     state = {
         "format": FORMAT,
         "num_steps": num_steps,
+        "unfinished": None if unfinished is None else dataclasses.asdict(unfinished),
         "problems": {name: _problem_state(executor, name) for name in executor.problems},
         "guesses": [[*key, guess] for key, guess in executor.guesses.items()],
         "histories": {name: history.state_dict(names) for name, history in executor.histories.items()},
@@ -43,7 +59,9 @@ def state_of(executor: Executor, num_steps: int) -> dict[str, Any]:
     return copy.deepcopy(state)  # one copy at the end keeps what is shared, and later steps do not change it
 
 
-def restore(executor: Executor, state: Mapping[str, Any], *, surroundings: bool = True) -> int:
+def restore(
+    executor: Executor, state: Mapping[str, Any], *, surroundings: bool = True
+) -> tuple[int, Unfinished | None]:
     """Put everything into a state that `state_of` returned.
 
     Args:
@@ -52,7 +70,7 @@ def restore(executor: Executor, state: Mapping[str, Any], *, surroundings: bool 
         surroundings: Also the position in the data and the random generators.
 
     Returns:
-        The number of global steps made.
+        The number of global steps made, and what there is of another one.
     """
     problems = executor.problems
     if state.get("format") != FORMAT:
@@ -99,7 +117,8 @@ def restore(executor: Executor, state: Mapping[str, Any], *, surroundings: bool 
     }
     if surroundings:
         set_all_generators(state["generators"])  # last: fetching batches has moved them
-    return int(state["num_steps"])
+    unfinished = state.get("unfinished")
+    return int(state["num_steps"]), None if unfinished is None else Unfinished(**unfinished)
 
 
 def tensors_of(problem: Problem) -> dict[str, torch.Tensor]:

@@ -64,6 +64,10 @@ class StepProgram:
         """Whether these are the tensors that it writes into."""
         return all(a is b for a, b in zip(targets, self._targets, strict=True))
 
+    def call(self, arguments: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], list[int]]:
+        """Return the program, what it is given, and the registers of the last step's results."""
+        return self._program, arguments, self._results
+
     def run(self, arguments: Sequence[torch.Tensor]) -> list[Any]:
         """Make the steps; return the results of the last.
 

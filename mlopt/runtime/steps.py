@@ -18,7 +18,7 @@ from mlopt.capture import InputRole, LossGraph, UpdateGraph, UpdateRole
 from mlopt.runtime.data import Batch, distinct
 from mlopt.runtime.finite import all_finite
 from mlopt.runtime.lowered_update import LoweredUpdate
-from mlopt.runtime.programs import Programs
+from mlopt.runtime.programs import Programs, ReadyStep, Wanted
 from mlopt.runtime.step_program import StepProgram
 
 _CHECKED = 4  # steps that are compared
@@ -165,11 +165,49 @@ class CompiledStep(LoweredUpdate):
 
     def _run_program(self, batch: Batch, schedule: Sequence[Sequence[float]]) -> StepsOutcome | None:
         """Make the steps by a native program; None if they are to be made in the usual way, and nothing was written."""
-        count = len(schedule)
-        if schedule.count(schedule[0]) != count:
+        if schedule.count(schedule[0]) != len(schedule):
             return None
+        asked = self._program(batch, schedule[0], len(schedule))
+        program = None if asked is None else self._programs.get(asked[0])
+        if asked is None or program is None:
+            return None
+        wanted, arguments = asked
+        try:
+            outputs = program.run(arguments)
+        except RuntimeError as error:
+            self._programs.give_up(wanted, error)
+            return None
+        except BaseException as error:  # Ctrl-C
+            return StepsOutcome(0, [], None, (), error)
+        self.written()
+        return StepsOutcome(len(schedule), [], outputs, (), None)
+
+    def ready(self, batch: Batch, count: int) -> ReadyStep | None:
+        """Return what makes steps by a native program, if there is one.
+
+        Args:
+            batch: The batch of all of them.
+            count: How many.
+        """
+        asked = None if self._is_random else self._program(batch, self.settings(), count)
+        program = None if asked is None else self._programs.ready(asked[0])
+        if asked is None or program is None:
+            return None
+        wanted, arguments = asked
+        return ReadyStep(
+            program.call(arguments),
+            self.unchanged(),
+            lambda values: (self.metrics(values), []),
+            self.written,
+            lambda error: self._programs.give_up(wanted, error),
+        )
+
+    def _program(
+        self, batch: Batch, row: Sequence[float], count: int
+    ) -> tuple[Wanted[StepProgram], list[torch.Tensor]] | None:
+        """Return the program of some steps, and what it is given; None if they cannot be one, or not yet."""
         arguments = [*self._loss.bind(batch.tensors), *self.settings_now(self.graph.settings)]
-        for position, value in zip(self._scheduled, schedule[0], strict=True):
+        for position, value in zip(self._scheduled, row, strict=True):
             known = self._numbers.get(id(self.graph.settings[position]))
             if known is None or known[0] != value:  # it is that of a later step
                 return None
@@ -179,26 +217,15 @@ class CompiledStep(LoweredUpdate):
             if native is None:
                 return None  # it may become known that a kernel is faster
             descent = (native, count - 1)
-        key = (count, *(t.shape for t in batch.tensors))
         targets = [*self.targets(), *(self._loss.live(i) for i in self.graph.written_buffers)]
-        name, num_results = self._loss.problem, 1 + self.graph.num_metrics
-        program = self._programs.get(
-            name,
-            key,
+        num_results = 1 + self.graph.num_metrics
+        wanted = Wanted[StepProgram](
+            self._loss.problem,
+            (count, *(t.shape for t in batch.tensors)),
             lambda known: known.writes_into(targets),
             lambda: StepProgram(self.call, self.graph.feedback, targets, num_results, arguments, descent),
         )
-        if program is None:
-            return None
-        try:
-            outputs = program.run(arguments)
-        except RuntimeError as error:
-            self._programs.give_up(name, key, error)
-            return None
-        except BaseException as error:  # Ctrl-C
-            return StepsOutcome(0, [], None, (), error)
-        self.written()
-        return StepsOutcome(count, [], outputs, (), None)
+        return wanted, arguments
 
     def metrics(self, outputs: Sequence[Any]) -> dict[str, Any]:
         """Return loss and metrics of a step, as the user named them."""

@@ -112,8 +112,7 @@ class Reversal:
                 self._hyperparameters(record),
                 problem=self._problem.name,
             )
-        moved = {id(live): value for live, value in result.buffers}
-        return State(parameters, optimizer, {**state.buffers, **moved})
+        return State(parameters, optimizer)
 
     def _reverse(
         self,

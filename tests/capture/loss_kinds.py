@@ -108,12 +108,53 @@ def _(self, batch):
     return {"loss": loss, "value": loss.item()}
 
 
-@kind("list append of `loss.item()`", why="appends once per capture: use a metric")
+@kind("list append of `loss.item()`", status="island", why="a captured one would append once: use a metric")
 def _(self, batch):
     x, y = batch
     loss = weighted(self, self.module(x), y)
     self.__dict__.setdefault("log", []).append(loss.item())
     return loss
+
+
+@kind("values kept by key in a dict of a module", why="looked up in the graph; the dict stays as it was")
+def _(self, batch):
+    x, y = batch
+    cache = self.module.__dict__.setdefault("cache", {})
+    mask = cache.setdefault(x.shape[1], torch.ones(x.shape[1], dtype=x.dtype))
+    return weighted(self, self.module(x * mask), y)
+
+
+def penalty(parameters):
+    return 0.05 * sum(p.square().sum() for p in parameters)
+
+
+@kind("penalty on `self.module.parameters()`")
+def _(self, batch):
+    return weighted(self, self.module(batch[0]), batch[1]) + penalty(self.module.parameters())
+
+
+@kind("penalty on `self.trained_parameters()`")
+def _(self, batch):
+    return weighted(self, self.module(batch[0]), batch[1]) + penalty(self.trained_parameters().values())
+
+
+def keep_list(lower, upper):
+    lower.list = list(lower.module.parameters())
+
+
+@kind(
+    "penalty on a list of parameters made before",
+    status="island",
+    fix=keep_list,
+    why="they would be constants of a graph: read them through the module",
+)
+def _(self, batch):
+    return weighted(self, self.module(batch[0]), batch[1]) + penalty(self.list)
+
+
+@kind("reading the optimizer, its learning rate say", status="island", why="a captured loss would read it once")
+def _(self, batch):
+    return weighted(self, self.module(batch[0]), batch[1]) * (1 + self.optimizer.param_groups[0]["lr"])
 
 
 @kind(

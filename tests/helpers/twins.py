@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn, optim
@@ -138,14 +139,13 @@ class Twins:
 
     def __init__(self, make, monkeypatch, backend=None, **options):
         self.num_native, self.said = 0, ""
-        run = NativeStep.run
+        read = NativeStep.read
 
-        def counted(step, batches):
-            outcome = run(step, batches)
+        def counted(step, values):
             self.num_native += 1
-            return outcome
+            return read(step, values)
 
-        monkeypatch.setattr(NativeStep, "run", counted)
+        monkeypatch.setattr(NativeStep, "read", counted)
         made = []
         backends = backend if isinstance(backend, list) else [backend or PackageBackend()] * 2
         for each in backends:
@@ -153,7 +153,8 @@ class Twins:
             problems = make()
             made.append((problems, compiled(problems, each, monkeypatch, **options)))
         (self.ours, self.plan), (self.theirs, self.reference) = made
-        self.reference._executor._native.step = lambda *args: None
+        self.reference._executor.native.step = lambda *args: None
+        self.reference._rounds.run = lambda limit: None
         self._random = [torch.get_rng_state()] * 2
         self._results = []
 
@@ -173,6 +174,19 @@ class Twins:
             assert_same(*outcomes)
         self.compare_results()
         return self.num_native - before
+
+    def run(self, steps, error=None):
+        """Run both, in rounds and step by step, with an error for both if there is to be one."""
+        outcomes = []
+        for k, plan in enumerate((self.plan, self.reference)):
+            with self._random_numbers(k):
+                if error is None:
+                    outcomes.append((plan.run(steps), plan.state_dict(), plan.num_steps))
+                else:
+                    with pytest.raises(type(error)):
+                        plan.run(steps)
+                    outcomes.append((plan.state_dict(), plan.num_steps))
+        assert_same(*outcomes)
 
     def compare_results(self):
         """Compare what earlier steps have returned, as it is now."""

@@ -110,3 +110,26 @@ def test_bad_loaders(data, message):
 def test_the_loader_that_runs_out_is_named():
     with pytest.raises(mlopt.errors.DataError, match="its data 'b' ran out"):
         values({"a": [torch.ones(1)], "b": iter([torch.ones(1)])}, 2)
+
+
+class Counting(DataLoader):
+    """Counts how often it is asked for an iterator, each of which draws a seed and may start workers."""
+
+    asked = 0
+
+    def __iter__(self):
+        self.asked += 1
+        return super().__iter__()
+
+
+def test_a_shuffling_loader_gives_the_batches_of_a_plain_loop():
+    """In every epoch: nothing else is drawn from its generator."""
+
+    def shuffled():
+        generator = torch.Generator().manual_seed(0)
+        return Counting(torch.arange(8.0), batch_size=4, shuffle=True, generator=generator)
+
+    plain, data = shuffled(), shuffled()
+    expected = [batch.tolist() for _ in range(4) for batch in plain]
+    assert [batch.tensors[0].tolist() for batch in values(data, len(expected))] == expected
+    assert data.asked == plain.asked == 4

@@ -250,7 +250,7 @@ def test_batches_of_other_sizes(monkeypatch):
     """A program for each pair of sizes."""
     twins = Twins(lambda: make(sizes=(8, 8, 6)), monkeypatch)
     assert twins.step(18) == (12 - FIRST) + (6 - 2)
-    keys = list(twins.plan._executor._native._programs._known)
+    keys = list(twins.plan._executor.native._programs._known)
     assert len(keys) == 2
 
 

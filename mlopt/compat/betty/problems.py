@@ -280,6 +280,8 @@ class Problem(mlopt.Problem):
         distributed = torch.distributed
         return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
+    live_attributes = (*mlopt.Problem.live_attributes, "count", "cur_batch")
+
     @property
     def count(self) -> int:
         """Micro-batches so far."""

@@ -126,7 +126,7 @@ def _plan(graph: Graph, content: Mapping[str, Any], backend: AbstractBackend, st
     streams = {name: BatchStream(problem) for name, problem in problems.items()}
     executor = Executor(content["program"], problems, layouts, saved.derive, streams, seen=content["seen"])
     plan = Plan(graph, content["program"], executor, report, _no_reference, lambda latest: None)
-    plan.num_steps = restore(executor, state, surroundings=False)
+    plan.num_steps, plan._unfinished = restore(executor, state, surroundings=False)
     start = time.perf_counter()  # from here on optimizers have their settings, which their steps are captured with
     saved.lower(content, layouts, streams, backend, report)
     report.seconds["lower"] = time.perf_counter() - start

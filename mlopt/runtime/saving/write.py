@@ -17,7 +17,7 @@ from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import GraphDerivatives
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport
-from mlopt.runtime.plan_state import state_of, tensors_of
+from mlopt.runtime.plan_state import tensors_of
 from mlopt.runtime.saving import graphs
 from mlopt.runtime.saving.archive import writing
 from mlopt.runtime.saving.problems import describe
@@ -29,7 +29,7 @@ def save(
     program: ExecutionPlan,
     reads: Mapping[str, Mapping[str, tuple[str, ...]]],
     report: CompileReport,
-    num_steps: int,
+    state: Mapping[str, Any],
 ) -> None:
     """Write a plan; see `Plan.save`."""
     problems = executor.problems
@@ -50,7 +50,7 @@ def save(
     with writing(path) as folder:
         (folder / "problems.json").write_text(json.dumps(described, indent=1))
         (folder / "program.pkl").write_bytes(graphs.dumps(content, live_names(problems)))
-        torch.save(state_of(executor, num_steps), folder / "state.pt")
+        torch.save(state, folder / "state.pt")
         for backend in used.values():
             backend.copy_cache(Path(folder))
 

@@ -1,0 +1,104 @@
+"""Notices lists, dicts and sets that a `training_step` writes into: histories, counts, queues.
+
+Its code runs at capture only, on tensors without values; what it would have put there in later steps would be missing,
+and what it puts there now is worth nothing. So the containers are put back as they were.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlopt.capture.places import variables_of
+from mlopt.problem import Problem
+
+_KINDS = (list, dict, set, collections.deque, collections.defaultdict, collections.Counter, collections.OrderedDict)
+_LONGEST = 100_000
+_MACHINERY = frozenset(vars(nn.Module()))
+
+
+class ContainerWatcher:
+    """What was found.
+
+    Attributes:
+        changed: The first container that was written into, as a user calls it; None if there is none.
+    """
+
+    def __init__(self) -> None:
+        self.changed: str | None = None
+
+
+@contextlib.contextmanager
+def watching_containers(problem: Problem, problems: Sequence[Problem]) -> Iterator[ContainerWatcher]:
+    """Look at the containers that a problem's `training_step` can reach; put them back at the end.
+
+    Args:
+        problem: Whose `training_step` runs inside of the context.
+        problems: All of them.
+    """
+    before = {id(c): (label, c, _copied(c), is_cache) for label, c, is_cache in _containers(problem, problems)}
+    attributes = [(p, dict(vars(p))) for p in problems]
+    watcher = ContainerWatcher()
+    try:
+        yield watcher
+    finally:
+        for p, known in attributes:
+            for name, value in list(vars(p).items()):
+                if name not in known and _is_container(value):
+                    watcher.changed = watcher.changed or f"self.{name} of problem {p.name!r}"
+                    del vars(p)[name]
+                elif known.get(name) is not value and isinstance(value, torch.Tensor):  # it has no values
+                    vars(p).pop(name) if name not in known else vars(p).update({name: known[name]})
+        for label, container, copy, is_cache in before.values():
+            if not _is_same(container, copy):
+                # A module that keeps what it has computed, by key, computes it in the graph.
+                if watcher.changed is None and not (is_cache and copy.keys() <= container.keys()):
+                    watcher.changed = label
+                _put_back(container, copy)
+
+
+def _containers(problem: Problem, problems: Sequence[Problem]) -> Iterator[tuple[str, Any, bool]]:
+    for p in problems:
+        for name, value in vars(p).items():
+            if _is_container(value):
+                yield f"self.{name} of problem {p.name!r}", value, False
+        for path, module in p.module.named_modules():
+            for name, value in vars(module).items():
+                if name not in _MACHINERY and _is_container(value):
+                    dotted = ".".join(filter(None, ["self.module", path, name]))
+                    yield f"{dotted} of problem {p.name!r}", value, isinstance(value, dict)
+    for place in variables_of(problem):
+        with contextlib.suppress(ValueError, AttributeError):  # an empty cell
+            value = getattr(place.owner, place.name)
+            if _is_container(value):
+                yield place.label, value, False
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in _KINDS and len(value) <= _LONGEST
+
+
+def _copied(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _is_same(container: Any, copy: Any) -> bool:
+    if len(container) != len(copy):
+        return False
+    if isinstance(container, dict):
+        return all(key in container and container[key] is value for key, value in copy.items())
+    return all(map(operator.is_, container, copy))
+
+
+def _put_back(container: Any, copy: Any) -> None:
+    container.clear()
+    if isinstance(container, list | collections.deque):
+        container.extend(copy)
+    else:
+        container.update(copy)
