@@ -184,8 +184,7 @@ class History:
             for r in state["records"]
         )
         self._checkpoints = collections.deque(
-            (c["step"], State(c["parameters"], OptimizerState(**c["optimizer"])))
-            for c in state["checkpoints"]
+            (c["step"], State(c["parameters"], OptimizerState(**c["optimizer"]))) for c in state["checkpoints"]
         )
 
     def _present_reads(self) -> dict[int, torch.Tensor]:

@@ -274,7 +274,6 @@ class TestParameters:
             make()
         assert problem.module.weight.requires_grad
 
-
     def test_setting_what_is_set_is_no_switch(self):
         def body(self, loss, batch):
             self.module.requires_grad_(True)
