@@ -62,7 +62,7 @@ class History:
 
     def __init__(self, problem: Problem, peers: Sequence[Problem], num_steps: int) -> None:
         self._problem = problem
-        self._reads = [p for peer in peers for p in peer.module.parameters()]
+        self._reads: list[torch.Tensor] = [p for peer in peers for p in peer.module.parameters()]
         self._reads += [b for each in (problem, *peers) for b in each.module.buffers()]
         self._num_steps = num_steps
         self.interval = math.ceil(math.sqrt(num_steps))
