@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mlopt.backends import get_backend
 from mlopt.compiler import Compiler
+from mlopt.errors import GraphError
 from mlopt.graph import Graph
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.plan import Plan
@@ -58,7 +59,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
 
     Raises:
         ValueError: An unknown backend, or a `residual_budget` that is not an integer >= 0.
-        GraphError: Declared dependencies differ from what the losses read.
+        GraphError: `graph` is no graph, or its declared dependencies differ from what the losses read.
         ProblemError: The parameters of one program lie on different devices, or an estimator refuses a problem.
         LossError: A `training_step` returns no differentiable scalar, or a loss without the structure that the
             curvature of its estimator needs.
@@ -66,6 +67,11 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
         DataError: A problem's data is empty.
         VerificationError: With ``strict``, a derivative disagrees with plain autograd.
     """
+    if not isinstance(graph, Graph):
+        raise GraphError(
+            f"compile, argument `graph`: expected an mlopt.Graph, got {type(graph).__name__}; put the problems into "
+            "one: mlopt.compile(mlopt.Graph([lower, upper]))"
+        )
     if residual_budget is not None and (not isinstance(residual_budget, int) or residual_budget < 0):
         raise ValueError(f"compile, argument `residual_budget`: expected bytes >= 0 or None, got {residual_budget!r}")
     compiler = Compiler(

@@ -8,7 +8,7 @@ A it is an *upper_to_lower* edge: B shapes A's loss. Declared dependencies are c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import networkx as nx
 
@@ -33,12 +33,17 @@ class Graph:
         problems: Name -> problem, lowest first.
 
     Raises:
-        GraphError: No problem, two problems of one name, a problem name that another problem uses as an attribute, or
-            a declaration that names an unknown problem or a cycle.
+        GraphError: No list of problems, or an empty one, two problems of one name, a problem name that another problem
+            uses as an attribute, or a declaration that names an unknown problem or a cycle.
     """
 
     def __init__(self, problems: Sequence[Problem], dependencies: Dependencies | None = None) -> None:
         self.problems: dict[str, Problem] = {}
+        if not isinstance(problems, Iterable):
+            raise GraphError(
+                f"Graph, argument `problems`: expected a list of problems, got {type(problems).__name__}; write "
+                "mlopt.Graph([lower, upper])"
+            )
         problems = list(problems)
         if not problems:
             raise GraphError("Graph, argument `problems`: expected at least one problem, got none")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +18,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from mlopt.errors import ProblemError, UnknownNameError
+from mlopt.hypergradient.base import AbstractEstimator
 from mlopt.precision import PRECISIONS, LossScale
-
-if TYPE_CHECKING:
-    from mlopt.hypergradient.base import AbstractEstimator
 
 
 class Problem:
@@ -82,7 +80,8 @@ class Problem:
 
     Raises:
         ProblemError: A name that is no identifier or that hides an attribute of `Problem`, step counts that are not
-            positive integers, an optimizer that is missing or holds foreign parameters, an empty list as data.
+            positive integers, an optimizer that is missing or holds foreign parameters, an empty list as data, a
+            `hypergradient` that is no estimator.
     """
 
     # What changes from step to step: a training_step that reads it cannot be a graph.
@@ -406,6 +405,17 @@ class Problem:
             raise ProblemError(
                 f"problem {self.name!r}, argument `data`: expected an iterable of batches or None, got "
                 f"{type(self.data).__name__}"
+            )
+        estimator: Any = self.hypergradient
+        if estimator is not None and not isinstance(estimator, AbstractEstimator):
+            is_class = isinstance(estimator, type) and issubclass(estimator, AbstractEstimator)
+            raise ProblemError(
+                f"problem {self.name!r}, argument `hypergradient`: expected an mlopt.AbstractEstimator or None, got "
+                + (
+                    f"the class {estimator.__name__}; pass an instance, {estimator.__name__}(...)"
+                    if is_class
+                    else f"{estimator!r}; pass for example mlopt.CG()"
+                )
             )
         for argument, least in (("unroll_steps", 1), ("warmup_steps", 0), ("gradient_accumulation", 1)):
             value = getattr(self, argument)

@@ -270,3 +270,34 @@ def test_engine_names_the_problem_of_a_non_finite_loss():
     plan = compile_one(lambda self, batch: self(batch[0]).square().mean() * float("inf"))
     with pytest.raises(errors.NonFiniteError, match="'lower': its loss is (inf|nan) at step 1"):
         mlopt.Engine(plan, steps=3, log_every=1, progress=False).run()
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ("cg", r"got 'cg'; pass for example mlopt.CG\(\)"),
+        (mlopt.CG, r"got the class CG; pass an instance, CG\(...\)"),
+        (7, "got 7; pass for example"),
+    ],
+)
+def test_hypergradient_that_is_no_estimator(value, got):
+    text = f"'lower', argument `hypergradient`: expected an mlopt.AbstractEstimator or None, {got}"
+    with pytest.raises(errors.ProblemError, match=text):
+        problem(None, hypergradient=value)
+
+
+def test_problems_that_are_in_no_graph():
+    lower, upper = make()
+    text = r"compile, argument `graph`: expected an mlopt.Graph, got list; .* mlopt.compile\(mlopt.Graph\(\["
+    with pytest.raises(errors.GraphError, match=text):
+        mlopt.compile([lower, upper])
+    with pytest.raises(errors.GraphError, match=r"`problems`: expected a list of problems, got Classifier; write"):
+        mlopt.Graph(lower, upper)
+
+
+def test_engine_around_a_graph():
+    text = r"Engine, argument `plan`: expected an mlopt.Plan, got Graph; .* mlopt.Engine\(mlopt.compile\(graph\)"
+    with pytest.raises(ValueError, match=text):
+        mlopt.Engine(mlopt.Graph(list(make())), steps=3)
+    with pytest.raises(ValueError, match="argument `plan`: expected an mlopt.Plan, got the class Plan$"):
+        mlopt.Engine(mlopt.Plan, steps=3)

@@ -14,7 +14,7 @@ ALLOWED = {
     "linalg": {"ops"},
     "hypergradient": {"linalg"},
     "precision": set(),
-    "problem": {"errors", "hypergradient", "precision"},  # hypergradient for annotations only
+    "problem": {"errors", "hypergradient", "precision"},
     "capture": {"errors", "passes", "precision", "problem"},
     "passes": {"precision"},
     "autodiff": {"capture", "errors", "passes", "precision"},
@@ -38,8 +38,8 @@ ALLOWED = {
     },
     "checks": {"autodiff", "errors", "planner", "problem"},
     "compiler": {"autodiff", "backends", "capture", "checks", "errors", "graph", "planner", "runtime"},
-    "compile": {"backends", "compiler", "graph", "runtime"},
-    "engine": {"errors", "runtime"},
+    "compile": {"backends", "compiler", "errors", "graph", "runtime"},
+    "engine": {"errors", "graph", "runtime"},
     "compat": {"engine", "errors"},  # and the public names
     "cli": {"backends", "ops"},  # and the public names
     "__main__": {"cli"},

@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlopt.engine.progress import Progress
 from mlopt.engine.run_dir import RunDirectory
 from mlopt.engine.stopping import EarlyStopping, find_metric
 from mlopt.errors import NonFiniteError, StateError
+from mlopt.graph import Graph
 from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan import Plan, StepResult
 from mlopt.runtime.warm_up import WarmUp
@@ -76,8 +77,8 @@ class Engine:
             "" while it is not.
 
     Raises:
-        ValueError: A count is not a positive integer, an argument is unknown, neither `steps` nor `seconds` is given,
-            or something needs `validate`.
+        ValueError: An argument is of the wrong kind, a count is not a positive integer, neither `steps` nor `seconds`
+            is given, or something needs `validate`.
         CheckpointError: There is something to resume from, and it is damaged.
         StateError: It is of another program.
     """
@@ -102,6 +103,16 @@ class Engine:
         warm_up: str | None = None,
         progress: bool = True,
     ) -> None:
+        if not isinstance(plan, Plan):
+            advice = "; compile it: mlopt.Engine(mlopt.compile(graph), ...)" if isinstance(plan, Graph) else ""
+            raise ValueError(f"Engine, argument `plan`: expected an mlopt.Plan, got {_kind(plan)}{advice}")
+        callbacks = _items("callbacks", callbacks, Callback, "derive a class from it and write the hooks that you need")
+        loggers = _items("loggers", loggers, AbstractLogger, "pass for example mlopt.CSVLogger('numbers.csv')")
+        if validate is not None and not callable(validate):
+            raise ValueError(
+                f"Engine, argument `validate`: expected a function without arguments, got {_kind(validate)}; it is "
+                "called, and returns a dict of numbers"
+            )
         for argument, value in (("steps", steps), ("validate_every", validate_every), ("log_every", log_every)):
             if argument == "steps" and value is None:
                 continue
@@ -126,7 +137,7 @@ class Engine:
             **{"snapshot_every": snapshot_every, "warm_up": warm_up},
         }
         self._budget = seconds
-        self._callbacks = tuple(callbacks)
+        self._callbacks = callbacks
         self._validate = validate
         self._validate_every = validate_every
         self._log_every = log_every
@@ -289,7 +300,8 @@ class Engine:
 
         Raises:
             NonFiniteError: A loss is NaN or infinite at a logged step; or `non_finite` asks for it, or did not help.
-            ValueError: Another run has left its files in the folders of this one.
+            ValueError: Another run has left its files in the folders of this one; or `validate` returns something else
+                than a dict of numbers.
             SystemExit: With `checkpoints`: SIGTERM came, and a checkpoint was written.
         """
         self._take_folders()
@@ -453,7 +465,7 @@ class Engine:
     def _run_validation(self, *, is_due: bool) -> dict[str, float]:
         """Validate; schedulers and early stopping look at what is due, not at the result that ends every run."""
         assert self._validate is not None
-        values = ranks.average(flatten(self._validate() or {}))
+        values = ranks.average(_numbers(self._validate()))
         self._record(values)
         self._shown.update(values)
         if is_due:
@@ -469,3 +481,40 @@ class Engine:
     def _record(self, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self.history.setdefault(key, []).append((self.step, value))
+
+
+def _kind(value: Any) -> str:
+    """Name the type of an argument; a class that was passed in place of an instance, as such."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _items(argument: str, items: Any, kind: type, advice: str) -> tuple[Any, ...]:
+    """Return the callbacks or loggers, once each of them is an instance of its kind."""
+    expected = f"mlopt.{kind.__name__}"
+    if not isinstance(items, Iterable):
+        raise ValueError(f"Engine, argument `{argument}`: expected a list of {expected}, got {_kind(items)}")
+    items = tuple(items)
+    for k, item in enumerate(items):
+        if not isinstance(item, kind):
+            if isinstance(item, type) and issubclass(item, kind):
+                advice = f"pass an instance, {item.__name__}(...)"
+            raise ValueError(f"Engine, argument `{argument}`[{k}]: expected an {expected}, got {_kind(item)}; {advice}")
+    return items
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    """Return what `validate` returned as flat numbers.
+
+    Raises:
+        ValueError: It is no dict, or one without any number in it.
+    """
+    if values is None:
+        return {}
+    numbers = flatten(values) if isinstance(values, Mapping) else {}
+    if isinstance(values, Mapping) and (numbers or not values):
+        return numbers
+    got = {name: _kind(value) for name, value in values.items()} if isinstance(values, Mapping) else _kind(values)
+    raise ValueError(
+        f"Engine, argument `validate`: expected a dict of numbers or None from it, got {got}; return for example "
+        "{'accuracy': 0.9}"
+    )

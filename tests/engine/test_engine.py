@@ -61,6 +61,52 @@ def test_bad_counts(argument, value):
         mlopt.Engine(plan, **{"steps": 1, argument: value})
 
 
+def test_callbacks_and_loggers_of_the_wrong_kind():
+    class Log(mlopt.Callback):
+        pass
+
+    plan, *_ = program()
+    for argument, value, text in (
+        (
+            "callbacks",
+            [Log(), print],
+            r"`\[1\]: expected an mlopt.Callback, got builtin_function_or_method; derive a class",
+        ),
+        ("callbacks", [Log], r"`\[0\]: expected an mlopt.Callback, got the class Log; pass an instance, Log\(...\)"),
+        ("callbacks", Log(), "`: expected a list of mlopt.Callback, got Log$"),
+        ("loggers", ["csv"], r"`\[0\]: expected an mlopt.AbstractLogger, got str; pass for example mlopt.CSVLogger"),
+        ("loggers", mlopt.CSVLogger, "`: expected a list of mlopt.AbstractLogger, got the class CSVLogger$"),
+    ):
+        with pytest.raises(ValueError, match=f"Engine, argument `{argument}{text}"):
+            mlopt.Engine(plan, steps=1, **{argument: value})
+    mlopt.Engine(plan, steps=1, callbacks=(c for c in [Log()]), progress=False).run()
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (0.5, "got float;"),
+        ([0.5], "got list;"),
+        ({"acc": None}, "got {'acc': 'NoneType'};"),
+        ({"acc": "high", "pair": torch.ones(2)}, "got {'acc': 'str', 'pair': 'Tensor'};"),
+    ],
+)
+def test_validate_returns_no_numbers(returned, got):
+    plan, *_ = program()
+    engine = mlopt.Engine(plan, steps=1, validate=lambda: returned, progress=False)
+    text = f"Engine, argument `validate`: expected a dict of numbers or None from it, {got} return for example"
+    with pytest.raises(ValueError, match=text):
+        engine.run()
+
+
+def test_validate_may_return_nothing_and_must_be_a_function():
+    plan, *_ = program()
+    for returned in (None, {}, {"acc": 0.5, "note": "text"}):
+        mlopt.Engine(plan, steps=1, validate=lambda returned=returned: returned, progress=False).run()
+    with pytest.raises(ValueError, match="argument `validate`: expected a function without arguments, got dict; it is"):
+        mlopt.Engine(plan, steps=1, validate={"acc": 0.5})
+
+
 def test_training_improves_the_upper_loss():
     lower, upper = make(sizes=(60,), unroll_steps=2)
     upper.data = lower.data  # random labels can be learned by heart, not predicted
