@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -376,6 +376,14 @@ class Plan:
             path: Where to write; by convention it ends in ``.svg``.
         """
         write_svg(path, self.graph, self.program, islands=set(self._report.islands))
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: a plan reads and steps live objects, of which a copy would be torn off."""
+        raise TypeError(
+            "a Plan cannot be pickled or copied: it steps your live objects through compiled graphs. Keep its state by "
+            "plan.state_dict(), which plan.load_state_dict(state) puts back, or write all of it by plan.save(folder), "
+            "for mlopt.load(folder)"
+        )
 
     def __repr__(self) -> str:
         """Name the problems and the steps made."""

@@ -1,6 +1,7 @@
 """Stepping a plan: schedule, what is captured, what a step changes, randomness."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -301,3 +302,12 @@ def test_user_estimator():
     plan = mlopt.compile(mlopt.Graph([lower, upper]), strict=True, progress=False)
     assert all(torch.isfinite(v).all() for v in plan.hypergradient("reweight").values())
     assert Reweight.num_calls == 0
+
+
+def test_plans_are_not_pickled_or_copied(tmp_path):
+    """A copy would step objects that nobody has; what to do instead is said."""
+    plan, *_ = compiled()
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy, lambda p: torch.save(p, tmp_path / "plan.pt")):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied.*plan.state_dict\(\).*plan.save\(folder\)"):
+            copied(plan)
+    torch.save(plan.state_dict(), tmp_path / "state.pt")
