@@ -7,13 +7,15 @@ lowers the graphs (`mlopt.backends`), checks them against eager autograd, and ha
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 from mlopt.backends import get_backend
 from mlopt.compiler import Compiler
-from mlopt.errors import GraphError
+from mlopt.errors import GraphError, MloptError
 from mlopt.graph import Graph
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.plan import Plan
@@ -85,18 +87,33 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
     with tqdm(total=2 * len(graph.problems), desc="compile", leave=False, disable=None if progress else True) as bar:
         for name in graph.problems:
             bar.set_postfix_str(f"capture {name}")
-            compiler.capture(name)
+            with _named(name):
+                compiler.capture(name)
             bar.update()
         program = compiler.plan()
         for name in graph.problems:
             bar.set_postfix_str(f"differentiate {name}")
-            compiler.differentiate(name)
+            with _named(name):
+                compiler.differentiate(name)
         compiler.lower(lambda done, total: bar.set_postfix_str(f"{done} of {total} graphs compiled"))
         for name in graph.problems:
             bar.set_postfix_str(f"verify {name}")
-            compiler.derive(name, compiler.streams[name].peek())
+            with _named(name):
+                compiler.derive(name, compiler.streams[name].peek())
             bar.update()
     compiler.backend.seal()
     seen = {name: compiler.seen(name) for name in graph.problems}
     executor = Executor(program, graph.problems, compiler.layouts, compiler.derive, compiler.streams, seen=seen)
     return Plan(graph, program, executor, compiler.report, compiler.autograd, compiler.warm_up)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let an error of the user's code, which knows of no problems, say whose code it was, as those of steps do."""
+    try:
+        yield
+    except MloptError:
+        raise
+    except Exception as error:
+        error.add_note(f"(in problem {name!r}, on its first batch, while it was compiled)")
+        raise

@@ -250,6 +250,39 @@ def test_code_that_fails_by_itself_is_no_island():
         compile_one(step)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("wrong", "kind", "text"),
+    [
+        ((torch.randn(4, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.long)), RuntimeError, "same dtype"),
+        ((torch.randn(4, 6), torch.full((4,), 7)), IndexError, "Target 7 is out of bounds"),
+    ],
+    ids=["dtype", "label"],
+)
+def test_error_of_torch_names_the_problem(wrong, kind, text, verify):
+    """On the first batch, by compile or (without verification) by the first step, and on a later one."""
+
+    def notes(batches, num_steps):
+        step = lambda self, batch: F.cross_entropy(self(batch[0]), batch[1])  # noqa: E731
+        with pytest.raises(kind, match=text) as caught:
+            mlopt.compile(mlopt.Graph([problem(step, data=batches)]), verify=verify, progress=False).run(num_steps)
+        return caught.value.__notes__
+
+    at_compilation = ["(in problem 'lower', on its first batch, while it was compiled)"]
+    assert notes([wrong], 1) == (at_compilation if verify else ["(in step 1 of problem 'lower')"])
+    assert notes([*data((4, 4)), wrong], 3) == ["(in step 3 of problem 'lower')"]
+
+
+def test_error_of_the_loader_names_the_problem():
+    class Broken:
+        def __iter__(self):
+            raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file") as caught:
+        compile_one(lambda self, batch: self(batch[0]).mean(), data=Broken())
+    assert caught.value.__notes__ == ["(in problem 'lower', on its first batch, while it was compiled)"]
+
+
 def test_loose_tensor_that_requires_a_gradient():
     loose = torch.ones(3, requires_grad=True)
     with pytest.raises(errors.ProblemError, match="'lower'.*requires a gradient but is no parameter of any problem"):
