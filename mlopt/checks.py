@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from mlopt.autodiff import FlatLayout
 from mlopt.autodiff.update import OptimizerState, apply_update, update_factor
@@ -105,6 +107,57 @@ def _check_update(problem: Problem, *, needs_factor: bool) -> None:
         updated, _ = apply_update(problem.optimizer, leaves, gradients, state, problem=name)
     if not all(u.requires_grad for u in updated):
         raise UpdateError(f"problem {name!r}: the step of {type(problem.optimizer).__name__} has no derivative")
+
+
+def check_optimizers(problems: Mapping[str, Problem]) -> None:
+    """Refuse what could not step, and a scheduler that would have no influence on the steps.
+
+    A problem that overrides `optimizer_step` may do with both what it likes.
+
+    Raises:
+        ProblemError: An optimizer's ``step`` cannot be called without arguments, or a scheduler is another optimizer's.
+    """
+    for name, problem in problems.items():
+        if "optimizer_step" in problem.step_hooks():
+            continue
+        optimizer, scheduler = problem.optimizer, problem.scheduler
+        missing = _missing_arguments(optimizer)
+        if missing:
+            raise ProblemError(
+                f"problem {name!r}, argument `optimizer`: the step of {type(optimizer).__name__} cannot be called "
+                f"without {', '.join(map(repr, missing))}: a step is made from one gradient, in .grad, and evaluates "
+                "no loss. Take another (torch.optim.SGD, torch.optim.Adam, ...), or override optimizer_step(self)"
+            )
+        if isinstance(scheduler, LRScheduler) and not _writes_to(scheduler, optimizer):
+            raise ProblemError(
+                f"problem {name!r}, argument `scheduler`: expected a scheduler of the problem's own optimizer, got "
+                f"{type(scheduler).__name__} of another {type(scheduler.optimizer).__name__}, which makes no steps "
+                "here; make it from the optimizer that the problem has"
+            )
+
+
+def _missing_arguments(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the arguments without which the optimizer's ``step`` cannot be called."""
+    own = vars(optimizer).get("step")
+    # A scheduler wraps the step of its optimizer, and lets every argument through.
+    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):
+        return []
+    try:
+        _, *parameters = inspect.signature(type(optimizer).step).parameters.values()
+    except (TypeError, ValueError):  # a step that does not say what it takes
+        return []
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _writes_to(scheduler: LRScheduler, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a scheduler writes to groups that the optimizer reads: its own, or those of an optimizer it wraps."""
+    other = getattr(scheduler, "optimizer", optimizer)  # one of the user's own may have none
+    groups = {id(group) for group in optimizer.param_groups}
+    return (
+        other is optimizer
+        or any(value is other for value in vars(optimizer).values())
+        or any(id(group) in groups for group in other.param_groups)
+    )
 
 
 def warn_about_unreached(

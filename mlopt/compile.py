@@ -62,7 +62,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile and re.compi
     Raises:
         ValueError: An unknown backend, or a `residual_budget` that is not an integer >= 0.
         GraphError: `graph` is no graph, or its declared dependencies differ from what the losses read.
-        ProblemError: The parameters of one program lie on different devices, or an estimator refuses a problem.
+        ProblemError: The parameters of one program lie on different devices, an optimizer cannot step or has no part in
+            the problem's scheduler, or an estimator refuses a problem.
         LossError: A `training_step` returns no differentiable scalar, or a loss without the structure that the
             curvature of its estimator needs.
         CaptureError: A `training_step` cannot be captured (with ``strict``), or fails by itself.

@@ -19,7 +19,14 @@ from mlopt.autodiff import FlatLayout, Recompute, SplitPolicy, TaskAxis
 from mlopt.backends import AbstractBackend, EagerBackend, Lowering, background_backend
 from mlopt.capture import LossGraph, ReadAttribute, capture_loss
 from mlopt.capture.tasks import showing_task
-from mlopt.checks import all_reads, check_devices, check_estimators, unchanged_parameters, warn_about_unreached
+from mlopt.checks import (
+    all_reads,
+    check_devices,
+    check_estimators,
+    check_optimizers,
+    unchanged_parameters,
+    warn_about_unreached,
+)
 from mlopt.errors import (
     BackendWarning,
     CaptureError,
@@ -117,6 +124,7 @@ class Compiler:
         self.graph.set_reads({n: all_reads(p, problems, self.losses[n].reads) for n, p in problems.items()})
         self.program = plan_program(self.graph)
         check_estimators(self.program, problems, self.layouts)
+        check_optimizers(problems)
         warn_about_unreached(self.program, problems, {n: loss.used_own for n, loss in self.losses.items()})
         return self.program
 

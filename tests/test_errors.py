@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import lr_scheduler
 
 import mlopt
 from mlopt import errors
@@ -29,6 +30,96 @@ def test_no_optimizer():
         errors.ProblemError, match=r"'lower', argument `optimizer`: expected .*Optimizer, got None; pass"
     ):
         problem(None, optimizer=None)
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 1),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[2]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+class Wrapping(torch.optim.SGD):
+    """Steps another optimizer; `shared` tells whether it has the groups of that one, too."""
+
+    def __init__(self, params, shared):
+        params = list(params)
+        super().__init__(params, lr=0.1)
+        self.base = None if shared else torch.optim.SGD(params, lr=0.1)
+        self.bases = [torch.optim.SGD(params, lr=0.1)]
+        if shared:
+            self.param_groups = self.bases[0].param_groups
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_scheduler_of_another_optimizer(kind):
+    step = lambda self, batch: self(batch[0]).square().mean()  # noqa: E731
+    module = nn.Linear(6, 3)
+    own, other = torch.optim.Adam(module.parameters()), torch.optim.SGD(module.parameters(), lr=0.1)
+    text = f"'lower', argument `scheduler`: expected .* own optimizer, got {kind} of another SGD, .*; make it from the"
+    with pytest.raises(errors.ProblemError, match=text):
+        compile_one(step, module=module, optimizer=own, scheduler=SCHEDULERS[kind](other))
+    compile_one(step, module=module, optimizer=own, scheduler=SCHEDULERS[kind](own)).run(2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_scheduler_of_a_wrapped_optimizer(shared):
+    module = nn.Linear(6, 3)
+    optimizer = Wrapping(module.parameters(), shared)
+    scheduler = lr_scheduler.StepLR(optimizer.bases[0] if shared else optimizer.base, 1)
+    compile_one(
+        lambda self, batch: self(batch[0]).square().mean(), module=module, optimizer=optimizer, scheduler=scheduler
+    )
+
+
+def test_scheduler_and_optimizer_that_a_problem_makes_itself():
+    class Configured(mlopt.Problem):
+        def training_step(self, batch):
+            return self(batch[0]).square().mean()
+
+        def configure_optimizer(self):
+            return torch.optim.SGD(self.module.parameters(), lr=0.1)
+
+        def configure_scheduler(self):
+            return lr_scheduler.ExponentialLR(self.optimizer, 0.5)
+
+    fit = Configured("fit", module=nn.Linear(6, 3), data=data())
+    mlopt.compile(mlopt.Graph([fit]), progress=False).run(2)
+    assert fit.optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+    fit.optimizer = torch.optim.SGD(fit.module.parameters(), lr=0.1)  # its scheduler is left behind
+    with pytest.raises(errors.ProblemError, match="'fit', argument `scheduler`: .* got ExponentialLR of another SGD"):
+        mlopt.compile(mlopt.Graph([fit]), progress=False)
+
+
+def test_step_that_needs_a_closure():
+    module = nn.Linear(6, 3)
+    step = lambda self, batch: self(batch[0]).square().mean()  # noqa: E731
+    optimizer = torch.optim.LBFGS(module.parameters())
+    scheduler = lr_scheduler.StepLR(optimizer, 1)  # which wraps the step
+    text = (
+        r"'lower', argument `optimizer`: the step of LBFGS cannot be called without 'closure': .*optimizer_step\(self\)"
+    )
+    for options in ({}, {"scheduler": scheduler}):
+        with pytest.raises(errors.ProblemError, match=text):
+            compile_one(step, module=module, optimizer=optimizer, **options)
+
+    class Own(mlopt.Problem):
+        def training_step(self, batch):
+            return self(batch[0]).square().mean()
+
+        def optimizer_step(self):
+            for p in self.trained_parameters().values():
+                p.data.sub_(p.grad, alpha=0.1)
+
+    before = module.weight.detach().clone()
+    own = Own("own", module=module, optimizer=torch.optim.LBFGS(module.parameters()), data=data())
+    mlopt.compile(mlopt.Graph([own]), progress=False).run(2)
+    assert not torch.equal(module.weight, before)
 
 
 def test_foreign_parameters():
