@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
@@ -13,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mlopt.autodiff import FlatLayout
 from mlopt.autodiff.update import OptimizerState, apply_update, update_factor
 from mlopt.errors import ProblemError, StructureWarning, UpdateError
+from mlopt.graph import Graph
 from mlopt.planner import ExecutionPlan, ReverseSteps, Solve
 from mlopt.problem import Problem
 
@@ -160,56 +160,99 @@ def _writes_to(scheduler: LRScheduler, optimizer: torch.optim.Optimizer) -> bool
     )
 
 
-def warn_about_unreached(
-    program: ExecutionPlan, problems: Mapping[str, Problem], used_own: Mapping[str, frozenset[str]]
-) -> None:
-    """Warn of a problem whose hypergradient is zero by structure: no loss depends on its parameters."""
-    for name, used in used_own.items():
-        trained = problems[name].trained_parameters()
-        if not (used | program[name].reached).intersection(trained):
-            warnings.warn(
-                f"problem {name!r}: its hypergradient is zero. Neither its own loss nor the loss of a problem "
-                f"below it depends on its parameters ({', '.join(trained)}): read them as self.{name}(...) in the "
-                "training_step that they are to shape, without detach or no_grad",
-                StructureWarning,
-                stacklevel=4,
-            )
-
-
-@contextlib.contextmanager
-def unchanged_parameters(name: str, problems: Mapping[str, Problem], *, values: bool = True) -> Iterator[None]:
-    """Put parameters back as they were if a loss that is evaluated inside of the context has changed them.
+def warn_about_structure(program: ExecutionPlan, graph: Graph, used_own: Mapping[str, frozenset[str]]) -> None:
+    """Warn of a problem that nothing moves, of an order that is the reason, and of settings without effect.
 
     Args:
-        name: Whose loss.
-        problems: Whose parameters.
-        values: Not only ``requires_grad``. A write through ``.data`` moves no version counter, so they are copied and
-            compared.
-
-    Raises:
-        ProblemError: It has.
+        program: The planned program.
+        graph: Its problems and what their losses read.
+        used_own: For each problem, the names of its own parameters that its loss depends on.
     """
-    before = [
-        (f"{problem}.{key}", p, p.detach().clone() if values else None, p.requires_grad)
-        for problem, each in problems.items()
-        for key, p in each.module.named_parameters()
-    ]
-    changed, what = [], ""
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for key, p, value, trained in before:
-                if value is not None and not torch.equal(p.nan_to_num(), value.nan_to_num()):
-                    changed.append(key)
-                    what = "writes to the parameter"
-                    p.copy_(value)
-                if p.requires_grad != trained:
-                    changed.append(key)
-                    what = "leaves another `requires_grad` at the parameter"
-                    p.requires_grad_(trained)
-    if changed:
-        raise ProblemError(
-            f"problem {name!r}: its training_step {what} {changed[0]!r}; it is evaluated more often than there are "
-            "steps, so it may change nothing. Parameters may be written in param_callback; x.detach() stops a gradient"
+    messages = []
+    reordered = False
+    trained_by = {name: graph.problems[name].trained_parameters() for name in used_own}
+    used_own = {name: used.intersection(trained_by[name]) for name, used in used_own.items()}
+    for name, trained in trained_by.items():
+        if used_own[name] or program[name].reached.intersection(trained):
+            continue
+        order = _better_order(name, graph, used_own)
+        reordered |= order is not None
+        messages.append(
+            f"problem {name!r}: its hypergradient is zero. Neither its own loss nor the loss of a problem "
+            f"below it depends on its parameters ({', '.join(trained)}): read them as self.{name}(...) in the "
+            "training_step that they are to shape, without detach or no_grad"
+            if order is None
+            else f"problem {name!r}: its hypergradient is zero. {_what_comes_later(name, graph)} and so counts as the "
+            f"upper of the two; {graph.advice_on_order(order)}"
         )
+    if not reordered:  # then they are given to the right problems
+        messages += _settings_without_effect(graph)
+    for message in messages:
+        warnings.warn(message, StructureWarning, stacklevel=4)
+
+
+def _better_order(name: str, graph: Graph, used_own: Mapping[str, frozenset[str]]) -> list[str] | None:
+    """Return an order of the problems in which each of them is reached; None if that is not what is wrong.
+
+    Tried are `name` behind all that it belongs together with, and the whole list from behind: where both would do, the
+    one of more levels.
+    """
+    order = list(graph.problems)
+    related = [n for n in order if n in graph.reads(name) or name in graph.reads(n)]
+    moved = [n for n in order if n != name]
+    if related:
+        moved.insert(moved.index(related[-1]) + 1, name)
+
+    def lowers(n: str, order: list[str]) -> set[str]:
+        return {other for other in graph.reads(n) if order.index(other) < order.index(n)}
+
+    def is_reached(n: str, order: list[str]) -> bool:
+        below, stack = set[str](), [n]
+        while stack:
+            found = lowers(stack.pop(), order) - below
+            below |= found
+            stack += found
+        return any(n in graph.reads(other) for other in below)
+
+    def num_levels(order: list[str]) -> int:
+        levels: dict[str, int] = {}
+        for n in order:
+            levels[n] = 1 + max((levels[lower] for lower in lowers(n, order)), default=0)
+        return max(levels.values())
+
+    complete = [o for o in (moved, order[::-1]) if len(o) == len(order)]
+    return max((o for o in complete if all(used_own[n] or is_reached(n, o) for n in o)), key=num_levels, default=None)
+
+
+def _what_comes_later(name: str, graph: Graph) -> str:
+    """Say which problem of those that `name` belongs together with comes after it."""
+    later = [n for n in graph.problems if graph.is_below(name, n)]
+    for other in later:
+        if name in graph.reads(other):
+            return f"Problem {other!r} reads it, but comes later"
+    read = " and ".join(repr(n) for n in later if n in graph.reads(name))
+    return f"It reads {read}, which comes later"
+
+
+def _settings_without_effect(graph: Graph) -> list[str]:
+    """Say which settings have none. Those that another problem has, too, are taken to be given to all alike."""
+    given = {name: problem.settings_for_problems_above() for name, problem in graph.problems.items()}
+    messages = []
+    for name, settings in given.items():
+        if len(given) == 1 or any(name in graph.lowers(other) for other in given):
+            continue
+        own = [
+            f"{key}={value!r}"
+            for key, value in settings.items()
+            if not any(key in others and others[key] == value for other, others in given.items() if other != name)
+        ]
+        if not own:
+            continue
+        below = ", ".join(map(repr, graph.lowers(name)))
+        messages.append(
+            f"problem {name!r}: no problem is above it, so {' and '.join(own)}"
+            + (" have no effect: they matter" if len(own) > 1 else " has no effect: it matters")
+            + " only to a problem that is optimized on top of this one. Leave it out"
+            + (f", or give it to a problem below ({below}; the lowest comes first in the list)" if below else "")
+        )
+    return messages

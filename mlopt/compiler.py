@@ -19,14 +19,8 @@ from mlopt.autodiff import FlatLayout, Recompute, SplitPolicy, TaskAxis
 from mlopt.backends import AbstractBackend, EagerBackend, Lowering, background_backend
 from mlopt.capture import LossGraph, ReadAttribute, capture_loss
 from mlopt.capture.tasks import showing_task
-from mlopt.checks import (
-    all_reads,
-    check_devices,
-    check_estimators,
-    check_optimizers,
-    unchanged_parameters,
-    warn_about_unreached,
-)
+from mlopt.capture.unchanged import unchanged_parameters
+from mlopt.checks import all_reads, check_devices, check_estimators, check_optimizers, warn_about_structure
 from mlopt.errors import (
     BackendWarning,
     CaptureError,
@@ -125,7 +119,7 @@ class Compiler:
         self.program = plan_program(self.graph)
         check_estimators(self.program, problems, self.layouts)
         check_optimizers(problems)
-        warn_about_unreached(self.program, problems, {n: loss.used_own for n, loss in self.losses.items()})
+        warn_about_structure(self.program, self.graph, {n: loss.used_own for n, loss in self.losses.items()})
         return self.program
 
     def seen(self, name: str) -> list[str]:

@@ -142,6 +142,10 @@ class Graph:
         self._check_tasks()
         self._warn_about_structure()
 
+    def advice_on_order(self, names: Sequence[str]) -> str:
+        """Say that these problems in this order are probably what was meant, and how to have it."""
+        return f"did you mean Graph([{', '.join(names)}])? The lowest comes first"
+
     def draw(self, path: str) -> None:
         """Write the problem graph as an SVG picture.
 
@@ -227,10 +231,14 @@ class Graph:
             if self.lowers(name) or not readers:
                 continue
             below = [other for other in readers if self.is_below(other, name)]
+            later = ", ".join(map(repr, self.reads(name)))  # it reads no lower one
             if below:
                 warnings.warn(
                     f"problem {name!r} shapes the loss of {', '.join(map(repr, below))} but its own loss reads none of "
-                    "the problems below it: its hypergradient is its direct gradient only",
+                    "the problems below it: its hypergradient is its direct gradient only"
+                    + (
+                        f". It reads {later}, which comes after it in the list; the lowest comes first" if later else ""
+                    ),
                     StructureWarning,
                     stacklevel=5,
                 )

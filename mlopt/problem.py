@@ -262,6 +262,16 @@ class Problem:
         names = ("on_inner_loop_start", "grad_callback", "optimizer_step", "param_callback")
         return [n for n in names if self._overrides(n)]
 
+    def settings_for_problems_above(self) -> dict[str, Any]:
+        """Return those settings, other than the defaults, that matter only if a problem is above this one."""
+        settings: dict[str, Any] = {}
+        if not self._overrides("on_inner_loop_start"):  # which runs at the start of every unroll
+            settings |= {"unroll_steps": self.unroll_steps} if self.unroll_steps != 1 else {}
+            settings |= {"warmup_steps": self.warmup_steps} if self.warmup_steps != 0 else {}
+        if not self._overrides("optimizer_hyperparameters"):  # which need an estimator whoever is above
+            settings |= {"hypergradient": self.hypergradient} if self.hypergradient is not None else {}
+        return settings
+
     def _overrides(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(Problem, method) or method in self.__dict__
 

@@ -1,5 +1,6 @@
 """Bad input: each case one clear error that names the problem, what was expected and what to do."""
 
+import re
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from torch.optim import lr_scheduler
 
 import mlopt
 from mlopt import errors
-from tests.helpers.bilevel import Classifier, data, make
+from tests.helpers.bilevel import Classifier, Reweight, data, make
 
 
 def problem(step, name="lower", **options):
@@ -314,6 +315,112 @@ def test_upper_problem_that_no_loss_depends_on(island):
     )
     assert bool(plan._report.islands) == island
     assert not any(g.any() for g in plan.hypergradient("reweight").values())
+
+
+def structure_warnings(problems, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mlopt.compile(mlopt.Graph(problems), progress=False, **options)
+    assert all(w.filename == __file__ for w in caught)
+    return [str(w.message) for w in caught if w.category is errors.StructureWarning]
+
+
+def test_upper_problem_listed_first():
+    """The order is said to be the reason; what is given to the lower problem is not said to be without effect."""
+    lower, upper = make(unroll_steps=3)
+    (message,) = structure_warnings([upper, lower])
+    assert message == (
+        "problem 'reweight': its hypergradient is zero. Problem 'classifier' reads it, but comes later "
+        "and so counts as the upper of the two; did you mean Graph([classifier, reweight])? The lowest comes first"
+    )
+    assert structure_warnings([lower, upper]) == []
+
+
+def reading(name, *others):
+    """A problem whose loss reads the parameters of `others`, of which it may be one."""
+
+    def step(self, batch):
+        parts = [self(batch[0]) if other == name else getattr(self, other)(batch[0]) for other in others]
+        return sum(parts[1:], parts[0]).square().mean()
+
+    return problem(step, name)
+
+
+@pytest.mark.parametrize(
+    ("order", "advice"),
+    [
+        ("top mid low", "'top': its hypergradient is zero. Problem 'mid' reads it, .* mean Graph([low, mid, top])?"),
+        ("low top mid", "'top': its hypergradient is zero. Problem 'mid' reads it, .* mean Graph([low, mid, top])?"),
+    ],
+)
+def test_order_of_three_levels(order, advice):
+    made = {
+        "low": reading("low", "low", "mid"),
+        "mid": reading("mid", "low", "mid", "top"),
+        "top": reading("top", "mid"),
+    }
+    found = structure_warnings([made[name] for name in order.split()])
+    assert any(re.search(re.escape(advice).replace(re.escape(".*"), ".*"), message) for message in found), found
+    assert structure_warnings([made[name] for name in ("low", "mid", "top")]) == []
+
+
+def test_problem_that_comes_before_the_one_it_should_be_above():
+    """The lower loss reads the topmost problem, which reads the middle one, which is listed last."""
+    low, mid, top = reading("low", "low", "top"), reading("mid", "low", "mid"), reading("top", "mid")
+    found = structure_warnings([low, top, mid])
+    assert any(
+        m.endswith("direct gradient only. It reads 'mid', which comes after it in the list; the lowest comes first")
+        for m in found
+    )
+    assert any(
+        "'top': its hypergradient is zero. It reads 'mid', which comes later and" in m
+        and "Graph([low, mid, top])?" in m
+        for m in found
+    )
+    assert structure_warnings([low, mid, top]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({"unroll_steps": 5}, "unroll_steps=5 has"),
+        ({"warmup_steps": 10}, "warmup_steps=10 has"),
+        ({"hypergradient": mlopt.Identity()}, "hypergradient=Identity(scale=1.0) has"),
+        (
+            {"unroll_steps": 2, "hypergradient": mlopt.Identity()},
+            "unroll_steps=2 and hypergradient=Identity(scale=1.0) have",
+        ),
+    ],
+)
+def test_settings_that_need_a_problem_above(options, settings):
+    lower, upper = make()
+    for name, value in options.items():
+        setattr(upper, name, value)
+    (message,) = structure_warnings([lower, upper])
+    assert message.startswith(f"problem 'reweight': no problem is above it, so {settings} no effect: ")
+    assert message.endswith(
+        "Leave it out, or give it to a problem below ('classifier'; the lowest comes first in the list)"
+    )
+
+
+def test_settings_of_a_lower_problem_or_a_single_one_are_used():
+    step = lambda self, batch: self(batch[0]).square().mean()  # noqa: E731
+    options = {"unroll_steps": 2, "warmup_steps": 3, "hypergradient": mlopt.CG(max_steps=2)}
+    assert structure_warnings([problem(step, **options)]) == []
+    assert structure_warnings(make(**options)) == []
+
+    lower, upper = make(**options)
+    for name, value in options.items():
+        setattr(upper, name, value)
+    assert structure_warnings([lower, upper]) == []  # given to all alike
+
+    class Restarting(Reweight):
+        def on_inner_loop_start(self):
+            pass
+
+    lower, upper = make()
+    again = Restarting("reweight", module=upper.module, optimizer=upper.optimizer, data=upper.data, unroll_steps=2)
+    assert structure_warnings([lower, again]) == []  # its unrolls are seen by the hook
 
 
 def test_capture_failure_quotes_the_line():

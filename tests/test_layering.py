@@ -36,7 +36,7 @@ ALLOWED = {
         "precision",
         "problem",
     },
-    "checks": {"autodiff", "errors", "planner", "problem"},
+    "checks": {"autodiff", "errors", "graph", "planner", "problem"},
     "compiler": {"autodiff", "backends", "capture", "checks", "errors", "graph", "planner", "runtime"},
     "compile": {"backends", "compiler", "errors", "graph", "runtime"},
     "engine": {"errors", "graph", "runtime"},

@@ -15,7 +15,7 @@ import mlopt
 from mlopt.compat import betty
 from mlopt.compat.betty import BettyWarning, Config, Engine, EngineConfig, Env, ImplicitProblem, IterativeProblem
 from mlopt.compat.betty import configs as betty_configs
-from mlopt.errors import GraphError, IslandWarning, ProblemError
+from mlopt.errors import GraphError, IslandWarning, ProblemError, StructureWarning
 from tests.compat import running
 
 ROOT = Path(__file__).parents[2]
@@ -232,6 +232,40 @@ def test_without_dependencies_the_order_decides():
     engine = Engine(problems=[lower, upper], config=EngineConfig(train_iters=2))
     assert engine.leaves == [lower] and lower.parents == [upper] and upper.children == [lower]
     assert lower.leaf and not upper.leaf
+
+
+class OnlyReader(ImplicitProblem):
+    def training_step(self, batch):
+        return (self.low.module.w - 2).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "advice"),
+    [
+        (
+            lambda low, up: {"u2l": {low: [up]}, "l2u": {up: [low]}},
+            "are 'l2u' and 'u2l' swapped in the dependencies? l2u is {lower: [upper]}, u2l {upper: [lower]}, and from "
+            "the lowest on the order should be low, up",
+        ),
+        (
+            lambda low, up: None,
+            "list the lowest first, problems=[low, up], or say what is above what by dependencies="
+            "{'l2u': {low: [up]}, 'u2l': {up: [low]}}",
+        ),
+    ],
+    ids=["swapped", "none"],
+)
+@pytest.mark.filterwarnings("ignore::mlopt.compat.betty.BettyWarning")
+def test_problems_in_the_wrong_order(dependencies, advice):
+    """The advice is about the engine's arguments; the right order has no warning."""
+    told = "Problem 'low' reads it, but comes later and so counts as the upper of the two; "
+    low, up = tiny("low", Read, Config(unroll_steps=2)), tiny("up", OnlyReader, Config(unroll_steps=2))
+    with pytest.warns(StructureWarning, match=re.escape(f"'up': its hypergradient is zero. {told}{advice}")):
+        Engine([up, low], EngineConfig(train_iters=4), dependencies(low, up))
+    low, up = tiny("low", Read, Config(unroll_steps=2)), tiny("up", OnlyReader, Config(unroll_steps=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", StructureWarning)
+        Engine([up, low], EngineConfig(train_iters=4), {"l2u": {low: [up]}, "u2l": {up: [low]}})
 
 
 def test_arguments_of_both_versions():

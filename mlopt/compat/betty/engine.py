@@ -160,7 +160,7 @@ class Engine:
             if self.env is not None:
                 self.env.set_problem_attr(problem)
         self.train()
-        graph = mlopt.Graph(order)
+        graph = _Graph(order, declared=declared)
         plan = mlopt.compile(graph, backend=self.config.mlopt_backend)
         for problem in order:
             problem._plan = plan
@@ -246,6 +246,27 @@ class Engine:
         if self._since_best >= config.early_stopping_tolerance:
             self.logger.info("early stopping")
             self._runner.stop("early stopping")
+
+
+class _Graph(mlopt.Graph):
+    """The problems in the order that the dependencies give them, or the list if there are none."""
+
+    def __init__(self, problems: Sequence[Problem], *, declared: bool) -> None:
+        super().__init__(problems)
+        self._is_declared = declared
+
+    def advice_on_order(self, names: Sequence[str]) -> str:
+        """Say what to change in the engine's arguments."""
+        low, up = names[0], names[-1]
+        if self._is_declared:
+            return (
+                "are 'l2u' and 'u2l' swapped in the dependencies? l2u is {lower: [upper]}, u2l {upper: [lower]}, and "
+                f"from the lowest on the order should be {', '.join(names)}"
+            )
+        return (
+            f"list the lowest first, problems=[{', '.join(names)}], or say what is above what by dependencies="
+            f"{{'l2u': {{{low}: [{up}]}}, 'u2l': {{{up}: [{low}]}}}}"
+        )
 
 
 class _Count(mlopt.Callback):

@@ -150,6 +150,10 @@ class Problem(mlopt.Problem):
         """Return how this problem's optimum is differentiated."""
         return estimator_of(self.name, self.config)
 
+    def settings_for_problems_above(self) -> dict[str, Any]:
+        """Return none of them: a `Config` has all of them for every problem, and Betty says nothing of it."""
+        return {}
+
     def _configured(self, method: str) -> Any:
         found = getattr(type(self), method, None)
         return None if found is None or found is getattr(mlopt.Problem, method, None) else getattr(self, method)()
