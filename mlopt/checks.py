@@ -248,11 +248,11 @@ def _settings_without_effect(graph: Graph) -> list[str]:
         ]
         if not own:
             continue
-        below = ", ".join(map(repr, graph.lowers(name)))
+        below, them = ", ".join(map(repr, graph.lowers(name))), "them" if len(own) > 1 else "it"
         messages.append(
             f"problem {name!r}: no problem is above it, so {' and '.join(own)}"
             + (" have no effect: they matter" if len(own) > 1 else " has no effect: it matters")
-            + " only to a problem that is optimized on top of this one. Leave it out"
-            + (f", or give it to a problem below ({below}; the lowest comes first in the list)" if below else "")
+            + f" only to a problem that is optimized on top of this one. Leave {them} out"
+            + (f", or give {them} to a problem below ({below}; the lowest comes first in the list)" if below else "")
         )
     return messages

@@ -398,8 +398,9 @@ def test_settings_that_need_a_problem_above(options, settings):
         setattr(upper, name, value)
     (message,) = structure_warnings([lower, upper])
     assert message.startswith(f"problem 'reweight': no problem is above it, so {settings} no effect: ")
+    them = "them" if len(options) > 1 else "it"
     assert message.endswith(
-        "Leave it out, or give it to a problem below ('classifier'; the lowest comes first in the list)"
+        f"Leave {them} out, or give {them} to a problem below ('classifier'; the lowest comes first in the list)"
     )
 
 

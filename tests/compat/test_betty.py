@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -121,6 +122,30 @@ def test_early_stopping_stops():
     assert engine.calls == 4 and engine.global_step == 8
 
 
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+@pytest.mark.filterwarnings("ignore::mlopt.compat.betty.BettyWarning")
+def test_a_logger_that_is_not_installed(package, monkeypatch, caplog):
+    """As in Betty, a warning, and the script runs; the numbers are there as messages."""
+    caplog.set_level(logging.INFO, "mlopt.compat.betty")
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.warns(UserWarning, match=rf"logger_type='{package}'\): numbers are not logged.*pip install {package}"):
+        engine = pair(up=Config(log_step=2), logger_type=package)
+    engine.run()
+    assert engine.global_step == 4 and "up.loss" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::mlopt.compat.betty.BettyWarning")
+def test_distributed_in_one_process_is_a_run_on_one_device(monkeypatch):
+    alone, plain = pair(distributed=True), pair()
+    for engine in (alone, plain):
+        engine.run()
+    assert torch.equal(alone.up.module.w, plain.up.module.w)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ProblemError, match="there are several processes, .* without torchrun, or .* mlopt.Engine"):
+        pair(distributed=True)
+
+
 def test_a_loss_with_side_effects_survives(capsys):
     script = running.load("dirty")
     with warnings.catch_warnings(record=True) as caught:
@@ -192,13 +217,16 @@ WARNINGS = {
     "bf16": ({"low": Config(precision="bf16")}, "float32 on CPUs"),
     "sama": ({"low": Config(type="sama")}, "bias correction"),
     "cg": ({"low": Config(type="cg", cg_iterations=2)}, "old residual"),
+    "several devices": ({"distributed": True}, "the same on one"),
     "darts": ({"low": Config(type="darts")}, "perturbed point"),
 }
 
 
 @pytest.mark.parametrize("name", WARNINGS)
-def test_what_differs_is_said_once(name):
+def test_what_differs_is_said_once(name, monkeypatch):
     options, text = WARNINGS[name]
+    if name == "several devices":
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pair(**options)

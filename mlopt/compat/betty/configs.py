@@ -87,7 +87,8 @@ class EngineConfig:
         valid_step: Interval of ``validation`` in global steps.
         logger_type: ``"tensorboard"``, ``"wandb"`` or ``"none"``.
         roll_back: Return the problems below to the start of their unroll after every step above.
-        distributed: As ``strategy="distributed"`` (version 0.1).
+        distributed: In one process, as here, without effect but on several devices, of which mlopt uses one (version
+            0.1).
         strategy: ``"default"`` only.
         backend: Of the strategy.
         distributed_backend: The same.

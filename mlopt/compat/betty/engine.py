@@ -5,14 +5,18 @@ from __future__ import annotations
 import collections
 import graphlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 import mlopt
 from mlopt.compat.betty.configs import EngineConfig, as_dict, warn_once
 from mlopt.compat.betty.env import Env
 from mlopt.compat.betty.logger import Logger
 from mlopt.compat.betty.problems import Problem
+from mlopt.engine import ranks
 from mlopt.engine.metrics import flatten
 from mlopt.errors import GraphError, ProblemError
 
@@ -127,9 +131,25 @@ class Engine:
             value = getattr(config, argument)
             if not isinstance(value, int) or value < 1:
                 raise ProblemError(f"EngineConfig({argument}=...): expected an integer >= 1, got {value!r}")
-        if config.distributed or config.strategy not in ("default", None):
+        native = (
+            "use mlopt.Problem and mlopt.Engine, which run under torchrun, and average .grad over the ranks in "
+            "grad_callback(self)"
+        )
+        if config.strategy not in ("default", None):
             raise ProblemError(
-                f"EngineConfig(strategy={config.strategy!r}): only 'default' is supported; run on one device"
+                f"EngineConfig(strategy={config.strategy!r}): only 'default' is supported; run on one device, or "
+                + native
+            )
+        if config.distributed and max(ranks.num_ranks(), int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ProblemError(
+                "EngineConfig(distributed=True): there are several processes, and scripts of Betty's run in one here; "
+                f"start this one without torchrun, or {native}"
+            )
+        if config.distributed and torch.cuda.device_count() > 1:
+            warn_once(
+                "distributed",
+                "EngineConfig(distributed=True): Betty splits every batch over all devices of the process; mlopt "
+                "computes the same on one",
             )
         if config.early_stopping and config.early_stopping_mode not in ("min", "max"):
             raise ProblemError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +21,10 @@ class Logger:
     Args:
         logger_type: ``"tensorboard"``, ``"wandb"`` or ``"none"``.
 
+    Where what it needs is not installed, a warning says so, and nothing is logged but messages.
+
     Raises:
         ProblemError: Another type.
-        ImportError: What it needs is not installed.
     """
 
     def __init__(self, logger_type: str) -> None:
@@ -31,10 +33,17 @@ class Logger:
                 f"EngineConfig(logger_type=...): expected 'tensorboard', 'wandb' or 'none', got {logger_type!r}"
             )
         self.inner: Any = None
-        if logger_type == "tensorboard":
-            self.inner = mlopt.TensorBoardLogger("runs")
-        elif logger_type == "wandb":
-            self.inner = mlopt.WandbLogger()
+        try:
+            if logger_type == "tensorboard":
+                self.inner = mlopt.TensorBoardLogger("runs")
+            elif logger_type == "wandb":
+                self.inner = mlopt.WandbLogger()
+        except ImportError as error:
+            warnings.warn(
+                f"EngineConfig(logger_type={logger_type!r}): numbers are not logged, only written as messages: {error}",
+                UserWarning,
+                stacklevel=3,
+            )
         self._started = False
         self._began = 0.0
 
