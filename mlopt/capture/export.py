@@ -34,6 +34,7 @@ from mlopt.capture.normalize import (
     return_items_as_tensors,
     written_placeholders,
 )
+from mlopt.capture.output import holding_back
 from mlopt.capture.record import GraphInput, InputRole, LossGraph, Metric
 from mlopt.capture.watch import StepWatch, own_backward_error
 from mlopt.errors import CaptureError, LossError, MloptError, ProblemError
@@ -83,6 +84,7 @@ def capture_loss(
             autocast(problem.precision, problem.device),
             fake_cache(len(handed) + sum(1 for _ in itertools.chain(wrapper.parameters(), wrapper.buffers()))),
             _naming_trained(problems),
+            holding_back(),
         ):
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, (tuple(handed),), dynamic_shapes=(tuple(shapes),), strict=False)
@@ -244,6 +246,8 @@ def _capture_error(problem: Problem, error: Exception) -> CaptureError:
     frames = [f for f in frames if "/mlopt/" not in f.filename.replace("\\", "/") or "/tests/" in f.filename]
     where = f"\n  at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     first = str(error).strip().splitlines()
+    if problem.data is None and not problem.draws_batches and frames:
+        where += "\n  (the batch is None: this problem was given no `data`)"
     return CaptureError(
         f"problem {problem.name!r}: its training_step could not be captured as a graph{where}\n"
         f"  {type(error).__name__}: {first[0] if first else ''}\n"

@@ -43,6 +43,15 @@ _INTERNAL = {__file__, logging.__file__, contextlib.__file__, mock.__file__, tra
 
 
 @contextlib.contextmanager
+def holding_back() -> Iterator[None]:
+    """Keep back what is written to standard error, and drop it after an error: torch.export prints all of the graph."""
+    held = io.StringIO()
+    with contextlib.redirect_stderr(held):
+        yield
+    sys.stderr.write(held.getvalue())
+
+
+@contextlib.contextmanager
 def listening() -> Iterator[OutputListener]:
     """Swallow what is printed to standard output or logged, and tell who did."""
     listener = OutputListener()

@@ -4,6 +4,7 @@ import argparse
 import collections
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -300,3 +301,28 @@ def test_the_optimizer_is_not_read_once():
     first = loss_of(plan)
     problem.optimizer.param_groups[0]["lr"] = 0.0
     assert first > 0 and loss_of(plan) == 0
+
+
+def test_a_failed_capture_says_one_thing(capfd):
+    """torch.export would print the whole graph so far."""
+    _, make = program(lambda self, loss, batch: loss * 2 if loss.item() > 1 else loss)
+    with pytest.warns(IslandWarning, match=r"could not be captured as a graph\n  at .*loss\.item\(\) > 1"):
+        make()
+    assert capfd.readouterr().err == ""
+
+
+def test_standard_error_of_a_capture_that_succeeds_is_shown(capfd):
+    def body(self, loss, batch):
+        sys.stderr.write("of the user's\n")
+        return loss
+
+    program(body, strict=True)[1]()
+    assert "of the user's" in capfd.readouterr().err
+
+
+def test_a_problem_without_data_is_told_so():
+    net = nn.Linear(3, 1)
+    cls = type("Fit", (mlopt.Problem,), {"training_step": lambda self, batch: self.module(batch[0]).mean()})
+    problem = cls("fit", module=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), hypergradient=None)
+    with pytest.raises(CaptureError, match=r"the batch is None: this problem was given no `data`"):
+        mlopt.compile(mlopt.Graph([problem]), backend="eager", progress=False)
