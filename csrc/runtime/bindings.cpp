@@ -108,16 +108,22 @@ void bind_runtime(py::module& m) {
       .def("raise_error", [](const ProgramsResult& result) {
         if (result.error) std::rethrow_exception(result.error);
       });
-  m.def(
-      "run_programs",
-      [](std::vector<std::tuple<const Program*, std::vector<at::Tensor>, std::vector<Program::Register>>> given,
-         const std::vector<size_t>& order, const py::object& recorder) {
-        std::vector<ProgramCall> calls;
-        for (auto& [program, tensors, wanted] : given)
-          calls.push_back({program, std::move(tensors), std::move(wanted)});
-        return run_programs(calls, order, recorder);
-      },
-      py::call_guard<py::gil_scoped_release>());
+  // shield: see mlopt/runtime/shield.py. Here, where no signal handler can run, is the only place to raise it between
+  // the last run, which Ctrl-C may end, and the return to Python.
+  m.def("run_programs",
+        [](std::vector<std::tuple<const Program*, std::vector<at::Tensor>, std::vector<Program::Register>>> given,
+           const std::vector<size_t>& order, const py::object& recorder, const py::object& shield) {
+          std::vector<ProgramCall> calls;
+          for (auto& [program, tensors, wanted] : given)
+            calls.push_back({program, std::move(tensors), std::move(wanted)});
+          ProgramsResult result;
+          {
+            const py::gil_scoped_release without_gil;
+            result = run_programs(calls, order, recorder);
+          }
+          shield.attr("held") = true;
+          return result;
+        });
 
   using Pairs = std::vector<std::pair<std::vector<int64_t>, std::vector<int64_t>>>;
   py::class_<Call, std::shared_ptr<Call>>(m, "Call")

@@ -9,6 +9,7 @@ from typing import Any
 from mlopt.runtime.data import distinct
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.schedule import ScheduleAhead
+from mlopt.runtime.shield import shield
 from mlopt.runtime.state import Sample
 
 StepResult = dict[str, dict[str, Any]]
@@ -71,6 +72,7 @@ class AheadRunner:
         latest: dict[str, Any] = {}
         while count > 0:
             made, latest, every = self._run_ahead(name, count, keep_results=on_results is not None)
+            shield.release()
             if on_results is not None and made:
                 on_results({name: every}, made)
                 self._executor.derive.user_code_ran()

@@ -17,6 +17,7 @@ from mlopt.capture.packing import pack, unpack
 from mlopt.errors import DataError
 from mlopt.problem import Problem
 from mlopt.runtime.rng import get_all_generators, set_all_generators
+from mlopt.runtime.shield import shield
 
 # Flattened entries of a list that are kept, and never more than it has: they hold its tensors, and maybe older ones.
 _MOST_KEPT = 1000
@@ -109,6 +110,8 @@ class BatchStream:
             return [self._flatten_entry(self._list[0])] * count
         made: dict[int, Batch] = {}
         while len(self._waiting) < count:
+            # Ctrl-C would lose what was fetched. It may take long where code of the user's does it, so not there.
+            shield.held = self.is_still
             passes = self._cycles[0].num_restarts if self._cycles else 0
             fetched = self._fetch()
             self._restarted |= bool(self._cycles) and self._cycles[0].num_restarts != passes
@@ -119,6 +122,7 @@ class BatchStream:
                 made[id(fetched)] = self._flatten_entry(fetched)
             times = count - len(self._waiting) if self.has_one_batch else 1
             self._waiting.extend([made[id(fetched)]] * times)
+            shield.release()
         return list(itertools.islice(self._waiting, count))
 
     def _flatten_entry(self, entry: Any) -> Batch:

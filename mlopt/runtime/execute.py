@@ -44,6 +44,7 @@ from mlopt.runtime.native_step import NativeSteps
 from mlopt.runtime.rng import frozen_random_state, get_random_state, set_random_state
 from mlopt.runtime.rollback import Snapshot, Unroll
 from mlopt.runtime.schedule import mark_stepped, step_scheduler
+from mlopt.runtime.shield import shield
 from mlopt.runtime.state import ProblemState, Sample
 from mlopt.runtime.step_pass import Made, Pass
 from mlopt.runtime.steps import CompiledStep
@@ -222,6 +223,7 @@ class Executor:
                 else [None if total is None else part for total, part in zip(gradients, indirect, strict=True)]
             )
             self.histories[name].record(run.samples, extra)
+        shield.held = True
         self._keep_state(name, run)
         self._update(name, gradients)
         self._step_scheduler(name, run.result.loss)
@@ -273,6 +275,7 @@ class Executor:
         if indirect is None or compiled is None:
             return False
         assert run.result is not None
+        shield.held = True
         self._keep_state(name, run)
         try:
             compiled.run(run.result.own, indirect)

@@ -16,6 +16,7 @@ import torch
 from mlopt.autodiff import TotalUpdateGraph
 from mlopt.backends import Compiled
 from mlopt.capture import OptimizerWatch, UpdateGraph, UpdateRole, UpdateValue
+from mlopt.runtime.shield import shield
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,9 @@ class LoweredUpdate:
         self._forget_gradients()
 
     def _commit(self, results: Sequence[torch.Tensor], also: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
-        self._update.commit(results, also, self.targets())
+        targets = self.targets()
+        shield.held = True
+        self._update.commit(results, also, targets)
         self._forget_gradients()
 
     def _forget_gradients(self) -> None:

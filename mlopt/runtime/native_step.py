@@ -30,6 +30,7 @@ from mlopt.planner.instructions import HYPERGRADIENT
 from mlopt.runtime.data import Batch
 from mlopt.runtime.derivatives import AbstractDerivatives, GraphDerivatives
 from mlopt.runtime.programs import Programs, ReadyStep, UnsuitableError, Wanted, bound_call
+from mlopt.runtime.shield import shield
 
 _NO_TENSOR = -1  # mlopt::BoundCall::kNothing
 
@@ -115,6 +116,7 @@ class NativeStep:
         made = program.run(given, wanted, ops.recorder_for(self._device))
 
         def write() -> None:
+            shield.held = True
             made.write()
             self.written()
 

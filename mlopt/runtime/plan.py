@@ -22,6 +22,7 @@ from mlopt.runtime.plan_state import Unfinished, restore, state_of
 from mlopt.runtime.rounds import RoundRunner
 from mlopt.runtime.saving.export import export_hypergradient
 from mlopt.runtime.saving.write import save as write_plan
+from mlopt.runtime.shield import shield
 from mlopt.runtime.warm_up import WarmUp
 
 
@@ -53,6 +54,7 @@ class Plan:
         self._ahead = AheadRunner(executor)
         self._rounds = RoundRunner(executor)
         self._unfinished: Unfinished | None = None
+        self._partial: StepResult = {}  # the results of what there is of it
         self._report = report
         self._reference = reference
         self._warm_up = warm_up
@@ -96,7 +98,7 @@ class Plan:
 
     def _make(self, limit: int, on_results: OnResults | None) -> tuple[int, StepResult]:
         """Make some global steps, at most `limit`; return how many, and the latest results."""
-        with self._executor.derive.uninterrupted():
+        with self._executor.derive.uninterrupted(), shield:
             if self._unfinished is not None:
                 return self._finish(on_results)
             outcome = self._rounds.run(limit) if on_results is None else None
@@ -104,12 +106,13 @@ class Plan:
                 count = self._ahead.steps_until_due(limit)
                 return count, self._advance(count, on_results)
             self.num_steps += outcome.num_steps
+            if outcome.error is None and not outcome.begun:
+                return outcome.num_steps, outcome.results
+            shield.release()
             if outcome.error is not None:
                 made = {n: outcome.count * (n in outcome.begun) for n in self._executor.calendar.lowest}
-                self._interrupted(outcome.count, made)
+                self._interrupted(outcome.count, made, outcome.results)
                 raise outcome.error
-            if not outcome.begun:
-                return outcome.num_steps, outcome.results
             rest = self._advance(outcome.count, None, outcome.begun)
             return outcome.num_steps + outcome.count, {**outcome.results, **rest}
 
@@ -133,8 +136,10 @@ class Plan:
             for name in self.graph.problems:
                 if name not in begun and not (count > 1 and name in lowest) and executor.calendar.is_due(name):
                     results[name] = executor.step(name)
+                    shield.release()
         except BaseException:
-            self._interrupted(count, {name: executor.states[name].num_steps - before[name] for name in lowest})
+            made = {name: executor.states[name].num_steps - before[name] for name in lowest}
+            self._interrupted(count, made, {**ahead, **results})
             raise
         self.num_steps += count
         if on_results is not None and results:
@@ -146,43 +151,44 @@ class Plan:
         if guard is not None:
             guard.begin(self.num_steps + 1, self.graph.problems, self._executor.snapshot)
 
-    def _interrupted(self, count: int, made: Mapping[str, int]) -> None:
+    def _interrupted(self, count: int, made: Mapping[str, int], results: StepResult) -> None:
         """Count the global steps that are whole, and remember what is left of the one that is not.
 
         Args:
             count: How many were to be made.
             made: The steps of each lowest problem.
+            results: What there is of them.
         """
         whole, most = min(made.values()), max(made.values())
-        if whole == count:  # a problem above failed
-            self.num_steps += count - 1
-            self._unfinished = Unfinished({}, 1)
-            return
-        self.num_steps += whole
-        if most > whole:
-            self._unfinished = Unfinished({n: most - m for n, m in made.items() if m < most}, most - whole)
+        left = {name: most - steps for name, steps in made.items() if steps < most}
+        calendar = self._executor.calendar
+        is_due = whole == count and any(calendar.is_due(n) for n in self.graph.problems if n not in calendar.lowest)
+        self.num_steps += whole - is_due
+        if left or is_due:
+            self._unfinished, self._partial = Unfinished(left, most - whole + is_due), results
 
     def _finish(self, on_results: OnResults | None) -> tuple[int, StepResult]:
         """End what was interrupted: what has been done of it is not done again."""
         executor, unfinished = self._executor, self._unfinished
         assert unfinished is not None
         self._begin_guard()
-        results: StepResult = {}
-        for name, left in list(unfinished.left.items()):
+        for name, left in unfinished.left.items():
             before = executor.states[name].num_steps
             try:
-                results[name] = self._ahead.steps(name, left, on_results)
+                if left:
+                    self._partial[name] = self._ahead.steps(name, left, on_results)
             finally:
                 unfinished.left[name] -= executor.states[name].num_steps - before
         above: StepResult = {}
         for name in self.graph.problems:
             if name not in executor.calendar.lowest and executor.calendar.is_due(name):
-                above[name] = executor.step(name)
-        self._unfinished = None
+                above[name] = self._partial[name] = executor.step(name)
+                shield.release()
+        results, self._partial, self._unfinished = self._partial, {}, None
         self.num_steps += unfinished.num_steps
         if on_results is not None and above:
             on_results(above, 1)
-        return unfinished.num_steps, {**results, **above}
+        return unfinished.num_steps, results
 
     def steps_of(self, problem: str | Problem) -> int:
         """Return how many optimizer steps a problem has made.

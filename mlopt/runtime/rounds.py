@@ -25,6 +25,7 @@ from mlopt.runtime.derivatives import GraphDerivatives
 from mlopt.runtime.execute import Executor
 from mlopt.runtime.programs import ReadyStep
 from mlopt.runtime.schedule import mark_stepped
+from mlopt.runtime.shield import shield
 from mlopt.runtime.state import Sample
 
 _MOST_AT_ONCE = 64  # rounds
@@ -206,9 +207,8 @@ class RoundRunner:
         distinct = list({id(part): part for part in parts}.values())
         position = {id(part): k for k, part in enumerate(distinct)}
         device = executor.layouts[parts[0].name].device
-        made = _extension().run_programs(
-            [part.ready.call for part in distinct], [position[id(part)] for part in parts], ops.recorder_for(device)
-        )
+        calls, order = [part.ready.call for part in distinct], [position[id(part)] for part in parts]
+        made = _extension().run_programs(calls, order, ops.recorder_for(device), shield)
         latest: dict[str, tuple[_Part, Sequence[Any]]] = {}
         done = made.values
         for part, values in zip(parts, done, strict=False):
@@ -223,6 +223,7 @@ class RoundRunner:
                 values, solutions = part.ready.read(made.doubtful.values)
                 for instruction, solution in solutions:
                     executor.report(part.name, instruction, solution.outcome)  # may be an error; nothing is written
+                shield.held = True
                 made.doubtful.write()
                 self._account(part)
                 results[part.name] = values

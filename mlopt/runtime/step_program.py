@@ -11,6 +11,7 @@ import torch
 from mlopt import ops
 from mlopt.backends import Compiled, NativeDescent
 from mlopt.runtime.programs import UnsuitableError, bound_call
+from mlopt.runtime.shield import shield
 
 
 class StepProgram:
@@ -75,6 +76,7 @@ class StepProgram:
             RuntimeError: A tensor is not what it was, or a kernel cannot make these steps; nothing was written.
         """
         made = self._program.run(arguments, self._results, ops.recorder_for(arguments[0].device))
-        made.write()
         results: list[Any] = made.values
+        shield.held = True
+        made.write()
         return results

@@ -31,8 +31,8 @@ class Counted:
 
         class Extension:
             @staticmethod
-            def run_programs(calls, order, recorder):
-                result = native.run_programs(calls, order, recorder)
+            def run_programs(calls, order, recorder, shield):
+                result = native.run_programs(calls, order, recorder, shield)
                 self.made.append(len(result.values) + (result.doubtful is not None))
                 return result
 
