@@ -34,17 +34,19 @@ class ReadAttribute:
         name: Its name there.
         value: What it was, as `current` gives it.
         label: What the user calls it, where that does not follow from the owner.
+        words: Of a settings object, the entries that are looked at; None for all.
     """
 
     owner: object
     name: str
     value: object
     label: str = ""
+    words: frozenset[str] | None = None
 
     def current(self) -> object:
         """Return what the attribute is now; something equal to `value` if it has not changed."""
         value = getattr(self.owner, self.name, None)
-        return value if isinstance(value, _SCALARS) else _plain(value)
+        return value if isinstance(value, _SCALARS) else _plain(value, self.words)
 
     def describe(self, problems: Sequence[Problem]) -> str:
         """Name the attribute as the user would write it in the `training_step` of the problem that has it."""
@@ -81,13 +83,13 @@ class AttributeRecorder:
 
     def note_variables(self, problem: Problem) -> None:
         """Remember the plain values of the variables that the code of a problem's `training_step` names."""
-        for place in variables_of(problem):
+        places, words = variables_of(problem)
+        for owner, name, label in places:
             with contextlib.suppress(ValueError, AttributeError):  # an empty cell
-                value = getattr(place.owner, place.name)
-                plain = value if isinstance(value, _SCALARS) else _plain(value)
-                if plain is not _ABSENT:
-                    owner, name, label = place
-                    self._first[id(owner), name] = ReadAttribute(owner, name, plain, label)
+                value = getattr(owner, name)
+                plain = value if isinstance(value, _SCALARS) else _plain(value, words)
+                if plain is not _ABSENT and plain != ():
+                    self._first[id(owner), name] = ReadAttribute(owner, name, plain, label, words)
 
     def unchanged(self) -> tuple[ReadAttribute, ...]:
         """Return the attributes that still have the value they were first read with.
@@ -134,8 +136,14 @@ def _varies(owner: object, value: object) -> bool:
     return isinstance(value, float) or not type(owner).__module__.startswith("torch.")
 
 
-def _plain(value: object, depth: int = 4) -> object:
-    """Return the scalars in a settings object (a namespace, a dataclass, a dict), or `_ABSENT` for anything else."""
+def _plain(value: object, words: frozenset[str] | None = None, depth: int = 4) -> object:
+    """Return the scalars in a settings object (a namespace, a dataclass, a dict), or `_ABSENT` for anything else.
+
+    Args:
+        value: The object.
+        words: The names of the entries that matter; None for all.
+        depth: How far settings within settings are looked at.
+    """
     if isinstance(value, types.SimpleNamespace | argparse.Namespace) or (
         dataclasses.is_dataclass(value) and not isinstance(value, type)
     ):
@@ -144,7 +152,9 @@ def _plain(value: object, depth: int = 4) -> object:
         return _ABSENT
     found = []
     for key, part in value.items():
-        plain = part if isinstance(part, _SCALARS) else _plain(part, depth - 1) if depth > 1 else _ABSENT
-        if isinstance(key, str) and plain is not _ABSENT:
+        if not isinstance(key, str) or (words is not None and key not in words):
+            continue
+        plain = part if isinstance(part, _SCALARS) else _plain(part, words, depth - 1) if depth > 1 else _ABSENT
+        if plain is not _ABSENT:
             found.append((key, plain))
     return tuple(found)

@@ -43,18 +43,19 @@ def watching_containers(problem: Problem, problems: Sequence[Problem]) -> Iterat
         problems: All of them.
     """
     before = {id(c): (label, c, _copied(c), is_cache) for label, c, is_cache in _containers(problem, problems)}
-    attributes = [(p, dict(vars(p))) for p in problems]
+    attributes = [(owner, label, dict(vars(owner))) for owner, label in _owners(problems)]
     watcher = ContainerWatcher()
     try:
         yield watcher
     finally:
-        for p, known in attributes:
-            for name, value in list(vars(p).items()):
+        for owner, label, known in attributes:
+            for name, value in list(vars(owner).items()):
                 if name not in known and _is_container(value):
-                    watcher.changed = watcher.changed or f"self.{name} of problem {p.name!r}"
-                    del vars(p)[name]
+                    if not (isinstance(owner, nn.Module) and isinstance(value, dict)):
+                        watcher.changed = watcher.changed or label.format(name)
+                    del vars(owner)[name]
                 elif known.get(name) is not value and isinstance(value, torch.Tensor):  # it has no values
-                    vars(p).pop(name) if name not in known else vars(p).update({name: known[name]})
+                    vars(owner).pop(name) if name not in known else vars(owner).update({name: known[name]})
         for label, container, copy, is_cache in before.values():
             if not _is_same(container, copy):
                 # A module that keeps what it has computed, by key, computes it in the graph.
@@ -63,17 +64,21 @@ def watching_containers(problem: Problem, problems: Sequence[Problem]) -> Iterat
                 _put_back(container, copy)
 
 
-def _containers(problem: Problem, problems: Sequence[Problem]) -> Iterator[tuple[str, Any, bool]]:
+def _owners(problems: Sequence[Problem]) -> Iterator[tuple[Problem | nn.Module, str]]:
+    """Yield problems and modules, with what a user calls an attribute of each."""
     for p in problems:
-        for name, value in vars(p).items():
-            if _is_container(value):
-                yield f"self.{name} of problem {p.name!r}", value, False
+        yield p, f"self.{{}} of problem {p.name!r}"
         for path, module in p.module.named_modules():
-            for name, value in vars(module).items():
-                if name not in _MACHINERY and _is_container(value):
-                    dotted = ".".join(filter(None, ["self.module", path, name]))
-                    yield f"{dotted} of problem {p.name!r}", value, isinstance(value, dict)
-    for place in variables_of(problem):
+            yield module, f"self.module{'.' if path else ''}{path}.{{}} of problem {p.name!r}"
+
+
+def _containers(problem: Problem, problems: Sequence[Problem]) -> Iterator[tuple[str, Any, bool]]:
+    for owner, label in _owners(problems):
+        is_module = isinstance(owner, nn.Module)
+        for name, value in vars(owner).items():
+            if _is_container(value) and not (is_module and name in _MACHINERY):
+                yield label.format(name), value, is_module and isinstance(value, dict)
+    for place in variables_of(problem).places:
         with contextlib.suppress(ValueError, AttributeError):  # an empty cell
             value = getattr(place.owner, place.name)
             if _is_container(value):

@@ -27,8 +27,22 @@ class Place(NamedTuple):
     label: str
 
 
-def variables_of(problem: Problem) -> Iterator[Place]:
-    """Yield the variables that the `training_step` of a problem, and what it calls by name, may read."""
+class Variables(NamedTuple):
+    """What code reads besides its arguments.
+
+    Attributes:
+        places: The variables.
+        words: All names and strings in the code: what it may ask of a settings object.
+    """
+
+    places: list[Place]
+    words: frozenset[str]
+
+
+def variables_of(problem: Problem) -> Variables:
+    """Return the variables that the `training_step` of a problem, and what it calls by name, may read."""
+    places: list[Place] = []
+    words: set[str] = set()
     waiting: list[Callable[..., Any]] = [type(problem).training_step, *_own(problem)]
     seen: set[int] = set()
     while waiting and len(seen) < _MOST_FUNCTIONS:
@@ -43,11 +57,13 @@ def variables_of(problem: Problem) -> Iterator[Place]:
             if isinstance(value, types.FunctionType):
                 waiting.append(value)
             else:
-                yield place
+                places.append(place)
+        words.update(_names(function.__code__), _strings(function.__code__))
         for name in _names(function.__code__):
             method = getattr(type(problem), name, None)
             if isinstance(method, types.FunctionType):
                 waiting.append(method)
+    return Variables(places, frozenset(words))
 
 
 def _own(problem: Problem) -> list[Callable[..., Any]]:
@@ -72,3 +88,11 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
+
+
+def _strings(code: types.CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            yield from _strings(constant)

@@ -103,7 +103,7 @@ class NativeStep:
         return all(map(operator.is_, self._update.targets(), self._targets))
 
     def call(self, batches: Mapping[str, Batch]) -> tuple[Any, list[torch.Tensor], list[int]]:
-        """Return the program, what it is given, and the registers that `read` reads."""
+        """Return the program, what it is given, and the registers that `results` and `solutions` read."""
         return self._program, self._given(batches), self._wanted
 
     def run(self, batches: Mapping[str, Batch]) -> NativeOutcome:
@@ -120,17 +120,21 @@ class NativeStep:
             made.write()
             self.written()
 
-        return NativeOutcome(*self.read(made.values), write)
+        return NativeOutcome(self.results(made.values), self.solutions(made.values), write)
 
-    def read(self, values: Sequence[torch.Tensor]) -> tuple[dict[str, Any], list[tuple[Solve, Solution]]]:
-        """Return loss and metrics, and how each solve went."""
+    def results(self, values: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Return loss and metrics."""
         end = 1 + len(self._losses[0].metrics)
-        results = {"loss": values[0], **self._losses[0].named_metrics(values[1:end])}
-        solutions = []
+        return {"loss": values[0], **self._losses[0].named_metrics(values[1:end])}
+
+    def solutions(self, values: Sequence[torch.Tensor]) -> list[tuple[Solve, Solution]]:
+        """Return how each solve went."""
+        end = 1 + len(self._losses[0].metrics)
+        found = []
         for solved in self._solved:
             start, end = end, end + len(solved.registers)
-            solutions.append((solved.instruction, _solution(solved.instruction, values[start:end])))
-        return results, solutions
+            found.append((solved.instruction, _solution(solved.instruction, values[start:end])))
+        return found
 
     def unchanged(self) -> Callable[[], bool]:
         """Return what tells whether `call` would give the same: see `LoweredUpdate.unchanged`."""
@@ -322,7 +326,8 @@ class NativeSteps:
         return ReadyStep(
             program.call(batches),
             program.unchanged(),
-            program.read,
+            program.results,
+            program.solutions,
             program.written,
             lambda error: self._programs.give_up(wanted, error),
         )

@@ -50,14 +50,16 @@ class ReadyStep:
         call: ``mlopt._C.Program``, what it is given, and the registers that are wanted.
         is_current: Whether that is still so where the derivatives and batches are the same: the optimizer was not
             touched. False does not say that it was.
-        read: Makes their values loss and metrics, and how each solve went.
+        results: Makes their values loss and metrics.
+        solutions: Makes them what tells how each solve went.
         written: To be called once the new values have been written.
         give_up: To be called with the error if they could not be made.
     """
 
     call: tuple[Any, list[torch.Tensor], list[int]]
     is_current: Callable[[], bool]
-    read: Callable[[Sequence[Any]], tuple[dict[str, Any], list[tuple[Solve, Solution]]]]
+    results: Callable[[Sequence[Any]], dict[str, Any]]
+    solutions: Callable[[Sequence[Any]], list[tuple[Solve, Solution]]]
     written: Callable[[], None]
     give_up: Callable[[Exception], None]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ from mlopt.runtime.schedule import mark_stepped
 from mlopt.runtime.shield import shield
 from mlopt.runtime.state import Sample
 
+logger = logging.getLogger(__name__)
+
 _MOST_AT_ONCE = 64  # rounds
+_MOST_KNOWN = 256  # parts, of which each has its batches
 _LONGEST_REST = 64  # calls in which no round is tried, after many vain ones: trying takes as long as a small step
 
 
@@ -92,9 +96,13 @@ class RoundRunner:
             or any(p.gradient_accumulation > 1 for p in problems)
             or not ops.available()
         )
+        self._linearized = {
+            p.name: [] if p.is_whole else [i.problem for i in p.instructions if isinstance(i, Linearize)]
+            for p in executor.plan.problems
+        }
         self._rest, self._resting = 0, 0
         self._most = 1  # rounds at once
-        self._known: dict[tuple[str, int], _Part] = {}  # the last of its kind
+        self._known: dict[tuple[object, ...], _Part] = {}  # by name, count, and the ids of the batches
 
     def run(self, limit: int) -> RoundsOutcome | None:
         """Make rounds of at most `limit` global steps together; None if none can be made, and nothing was changed."""
@@ -104,7 +112,10 @@ class RoundRunner:
         executor = self._executor
         found = None
         if not executor.keep_gradients and executor.check.guard is None:
-            found = self._parts(limit)
+            try:
+                found = self._parts(limit)
+            except Exception:  # a batch that the loss cannot be evaluated on: single steps say which it was
+                logger.debug("no round can be made", exc_info=True)
         if found is None:
             self._rest = min(2 * self._rest + 1, _LONGEST_REST)
             self._resting = self._rest
@@ -156,18 +167,27 @@ class RoundRunner:
 
     def _part(self, name: str, count: int, batches: dict[str, Batch]) -> _Part | None:
         """Return the steps of a problem."""
-        known = self._known.get((name, count))
-        if known is not None and self._is_current(known, batches):
+        given = {name: batches[name]}
+        for lower in self._linearized[name]:
+            last = self._batch(lower, batches)
+            if last is None:
+                return None
+            given[lower] = last
+        key = (name, count, *map(id, given.values()))
+        known = self._known.get(key)
+        if known is not None and self._is_current(known, given):
             return known
-        part = self._find(name, count, batches)
-        if part is not None:
-            self._known[name, count] = part
+        part = self._find(name, count, given)
+        if part is not None and all(self._executor.states[n].stream.is_still for n in given):  # others come once
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = part
         return part
 
-    def _is_current(self, part: _Part, batches: dict[str, Batch]) -> bool:
+    def _is_current(self, part: _Part, given: dict[str, Batch]) -> bool:
         derive = self._executor.derive
         return part.ready.is_current() and all(
-            self._batch(name, batches) is batch and derive(name, batch) is known and known.backend is backend
+            given[name] is batch and derive(name, batch) is known and known.backend is backend
             for name, batch, known, backend in part.sources
         )
 
@@ -178,18 +198,12 @@ class RoundRunner:
         samples = self._executor.lower_samples(name)
         return samples[0].batch if len(samples) == 1 and samples[0].random_state is None else None
 
-    def _find(self, name: str, count: int, batches: dict[str, Batch]) -> _Part | None:
-        executor, planned, batch = self._executor, self._executor.plan[name], batches[name]
-        given = {name: batch}
-        if planned.is_whole:
+    def _find(self, name: str, count: int, given: dict[str, Batch]) -> _Part | None:
+        executor, batch = self._executor, given[name]
+        if executor.plan[name].is_whole:
             step = executor.compiled_step(name, executor.derive(name, batch))
             ready = None if step is None else step.ready(batch, count)
         else:
-            for lower in [i.problem for i in planned.instructions if isinstance(i, Linearize)]:
-                last = self._batch(lower, batches)
-                if last is None:
-                    return None
-                given[lower] = last
             update = executor.total_update(name, executor.derive(name, batch)) if len(given) > 1 else None
             ready = None if update is None else executor.native.ready(name, given, executor.derive)
         if ready is None:
@@ -214,19 +228,19 @@ class RoundRunner:
         for part, values in zip(parts, done, strict=False):
             self._account(part)
             latest[part.name] = part, values
-        results = {name: part.ready.read(values)[0] for name, (part, values) in latest.items()}
+        results = {name: part.ready.results(values) for name, (part, values) in latest.items()}
         num_made = len(done)
         error: BaseException | None = None
         try:
             if made.doubtful is not None:
                 part = parts[num_made]
-                values, solutions = part.ready.read(made.doubtful.values)
-                for instruction, solution in solutions:
+                values = made.doubtful.values
+                for instruction, solution in part.ready.solutions(values):
                     executor.report(part.name, instruction, solution.outcome)  # may be an error; nothing is written
                 shield.held = True
                 made.doubtful.write()
                 self._account(part)
-                results[part.name] = values
+                results[part.name] = part.ready.results(values)
                 num_made += 1
                 self._most = 1
             elif num_made < len(parts):

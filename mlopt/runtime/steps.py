@@ -197,7 +197,8 @@ class CompiledStep(LoweredUpdate):
         return ReadyStep(
             program.call(arguments),
             self.unchanged(),
-            lambda values: (self.metrics(values), []),
+            self.metrics,
+            lambda values: [],
             self.written,
             lambda error: self._programs.give_up(wanted, error),
         )

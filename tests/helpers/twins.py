@@ -139,13 +139,13 @@ class Twins:
 
     def __init__(self, make, monkeypatch, backend=None, **options):
         self.num_native, self.said = 0, ""
-        read = NativeStep.read
+        results = NativeStep.results
 
         def counted(step, values):
             self.num_native += 1
-            return read(step, values)
+            return results(step, values)
 
-        monkeypatch.setattr(NativeStep, "read", counted)
+        monkeypatch.setattr(NativeStep, "results", counted)
         made = []
         backends = backend if isinstance(backend, list) else [backend or PackageBackend()] * 2
         for each in backends:
