@@ -62,6 +62,9 @@ class Plan:
     def step(self) -> StepResult:
         """Make one global step: every lowest problem steps once, then each problem whose turn it is, upwards.
 
+        After an error or Ctrl-C every problem is as its last whole step left it. What is left of the global step is made
+        by the next call, which returns the results of all of it.
+
         Returns:
             For each problem that stepped, a dict with its ``"loss"`` (0-d tensor, taken before the update) and its
             metrics, as `training_step` named them.
@@ -78,7 +81,9 @@ class Plan:
         """Make several global steps; what they do is what as many calls of `step` do.
 
         Where nothing else is due for a while, the steps of a lowest problem run as one native loop (`explain` says
-        which problems can). After Ctrl-C or an error in it, every problem is as its last whole step left it.
+        which problems can), and where a step above is a native program, too, both run in one call. After Ctrl-C or an
+        error, every problem is as its last whole step left it, and `num_steps` says how many global steps are whole;
+        what is left of one is made first by the next call, as one of its steps.
 
         Args:
             num_steps: How many, at least 0.

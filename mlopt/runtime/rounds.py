@@ -112,10 +112,7 @@ class RoundRunner:
         executor = self._executor
         found = None
         if not executor.keep_gradients and executor.check.guard is None:
-            try:
-                found = self._parts(limit)
-            except Exception:  # a batch that the loss cannot be evaluated on: single steps say which it was
-                logger.debug("no round can be made", exc_info=True)
+            found = self._parts(limit)
         if found is None:
             self._rest = min(2 * self._rest + 1, _LONGEST_REST)
             self._resting = self._rest
@@ -143,9 +140,9 @@ class RoundRunner:
             steps = count if name in calendar.lowest else 1
             if not streams[name].may_run_ahead or (steps > 1 and not streams[name].has_one_batch):
                 return None
-            batches[name] = executor.next_batches(name, 1 if streams[name].has_one_batch else times)
+            batches[name] = self._fetch(name, 1 if streams[name].has_one_batch else times)
             # Before another loader draws: it may not draw before a loss does that is evaluated first.
-            if executor.derive(name, batches[name][0]).is_random:
+            if not self._is_known(name, batches[name][0]):
                 return None
         rounds: list[list[_Part]] = []
         for k in range(times):
@@ -158,6 +155,21 @@ class RoundRunner:
                 parts.append(part)
             rounds.append(parts)
         return count, rounds
+
+    def _fetch(self, name: str, count: int) -> list[Batch]:
+        try:
+            return self._executor.next_batches(name, count)
+        except Exception as error:
+            error.add_note(f"(in step {self._executor.states[name].num_steps + 1} of problem {name!r})")
+            raise
+
+    def _is_known(self, name: str, batch: Batch) -> bool:
+        """Whether a loss can be evaluated on a batch without drawing random numbers."""
+        try:
+            return not self._executor.derive(name, batch).is_random
+        except Exception:  # the step by itself will say what is wrong, and where
+            logger.debug("no round can be made", exc_info=True)
+            return False
 
     def _is_plain(self, name: str) -> bool:
         """Whether no code of the user's runs around a step of a problem that has a compiled one."""

@@ -104,6 +104,47 @@ def test_loaders_draw_in_the_order_of_steps(monkeypatch, counted):
     assert counted.take() == [2] * 9
 
 
+class Failing:
+    """A loader of which one batch cannot be read at first."""
+
+    def __init__(self, fails_at):
+        self.count, self.fails_at = 0, fails_at
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.count + 1 == self.fails_at:
+            self.fails_at = 0
+            raise OSError("of the disk")
+        self.count += 1
+        generator = torch.Generator().manual_seed(self.count)
+        return torch.randn(8, 5, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+
+
+@pytest.mark.parametrize("name", ["lower", "upper"])
+def test_a_batch_that_cannot_be_read(name, monkeypatch, counted):
+    """Nothing was made; said with the step, once; and no batch is left out."""
+    fails = iter([(30, 0), (0, 0)] if name == "lower" else [(0, 30), (0, 0)])
+
+    def problems():
+        lower_fails, upper_fails = next(fails)
+        made = sound()
+        made[0].data, made[1].data = Failing(lower_fails), Failing(upper_fails)
+        return made
+
+    twins = Twins(problems, monkeypatch)
+    twins.run(WARM)
+    assert sum(counted.take()) > 0
+    with pytest.raises(OSError, match="of the disk") as caught:
+        twins.plan.run(12)
+    assert f"(in step 30 of problem {name!r})" in caught.value.__notes__
+    assert twins.plan.num_steps == twins.plan.steps_of("lower") == twins.plan.steps_of("upper") == 29
+    twins.plan.run(12 - (29 - WARM))
+    twins.reference.run(12)
+    assert_same(*(values(plan) for plan in (twins.plan, twins.reference)))
+
+
 def test_a_loss_that_draws_makes_no_rounds(monkeypatch, counted):
     for options in ({"dropout": 0.5}, {"lower_dropout": 0.5}):
         Twins(lambda options=options: sound(**options), monkeypatch).run(WARM)
