@@ -62,8 +62,8 @@ class Plan:
     def step(self) -> StepResult:
         """Make one global step: every lowest problem steps once, then each problem whose turn it is, upwards.
 
-        After an error or Ctrl-C every problem is as its last whole step left it. What is left of the global step is made
-        by the next call, which returns the results of all of it.
+        After an error or Ctrl-C every problem is as its last whole step left it. What is left of the global step is
+        made by the next call, which returns the results of all of it.
 
         Returns:
             For each problem that stepped, a dict with its ``"loss"`` (0-d tensor, taken before the update) and its
