@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from mlopt.runtime.execute import Executor
 from mlopt.runtime.explain import CompileReport, explain
 from mlopt.runtime.finite import NonFiniteGuard
 from mlopt.runtime.plan_state import Unfinished, restore, state_of
-from mlopt.runtime.rounds import RoundRunner
+from mlopt.runtime.rounds import RoundRunner, RoundsOutcome
 from mlopt.runtime.saving.export import export_hypergradient
 from mlopt.runtime.saving.write import save as write_plan
 from mlopt.runtime.shield import shield
@@ -107,39 +107,41 @@ class Plan:
             if self._unfinished is not None:
                 return self._finish(on_results)
             outcome = self._rounds.run(limit) if on_results is None else None
-            if outcome is None:
-                count = self._ahead.steps_until_due(limit)
-                return count, self._advance(count, on_results)
-            self.num_steps += outcome.num_steps
-            if outcome.error is None and not outcome.begun:
-                return outcome.num_steps, outcome.results
-            shield.release()
-            if outcome.error is not None:
-                made = {n: outcome.count * (n in outcome.begun) for n in self._executor.calendar.lowest}
-                self._interrupted(outcome.count, made, outcome.results)
+            if outcome is not None and outcome.results:
+                return self._rounds_made(outcome)
+            if outcome is not None and outcome.error is not None:
                 raise outcome.error
-            rest = self._advance(outcome.count, None, outcome.begun)
-            return outcome.num_steps + outcome.count, {**outcome.results, **rest}
+            count = self._ahead.steps_until_due(limit)
+            return count, self._advance(count, on_results)
 
-    def _advance(self, count: int, on_results: OnResults | None, begun: Collection[str] = ()) -> StepResult:
-        """Make global steps, of which only the last may have other than lowest problems due.
+    def _rounds_made(self, outcome: RoundsOutcome) -> tuple[int, StepResult]:
+        """Count rounds, and end one that is not whole in the usual way."""
+        before = self.num_steps
+        self.num_steps += outcome.num_steps
+        results = outcome.results
+        if outcome.begun:
+            made = {n: outcome.count * (n in outcome.begun) for n in self._executor.calendar.lowest}
+            self._interrupted(outcome.count, made, {n: results[n] for n in outcome.begun})
+        shield.release()
+        if outcome.error is not None:
+            raise outcome.error
+        if self._unfinished is not None:
+            results = {**results, **self._finish(None)[1]}
+        return self.num_steps - before, results
 
-        Args:
-            count: How many.
-            on_results: See `run`.
-            begun: The problems that have made their steps already.
-        """
+    def _advance(self, count: int, on_results: OnResults | None) -> StepResult:
+        """Make global steps, of which only the last may have other than lowest problems due."""
         executor, lowest = self._executor, self._executor.calendar.lowest
         self._begin_guard()
-        before = {name: executor.states[name].num_steps - count * (name in begun) for name in lowest}
+        before = {name: executor.states[name].num_steps for name in lowest}
         ahead: StepResult = {}
         results: StepResult = {}
         try:
             for name in lowest:
-                if count > 1 and name not in begun:
+                if count > 1:
                     ahead[name] = self._ahead.steps(name, count, on_results)
             for name in self.graph.problems:
-                if name not in begun and not (count > 1 and name in lowest) and executor.calendar.is_due(name):
+                if not (count > 1 and name in lowest) and executor.calendar.is_due(name):
                     results[name] = executor.step(name)
                     shield.release()
         except BaseException:
@@ -328,6 +330,7 @@ class Plan:
             DataError: The data is not that of which the position is.
         """
         self.num_steps, self._unfinished = restore(self._executor, state)
+        self._partial = {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan so that `mlopt.load` runs it in another process, without capturing or compiling.

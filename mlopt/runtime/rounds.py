@@ -42,9 +42,9 @@ class RoundsOutcome:
 
     Attributes:
         num_steps: Global steps of whole rounds.
-        results: The latest of every problem that stepped.
+        results: The latest of every problem that stepped; empty if none did.
         count: How many steps of lowest problems a round has.
-        begun: The lowest problems that have made theirs of a round that is not whole.
+        begun: The problems that have made their steps of a round that is not whole.
         error: Why it is not: `KeyboardInterrupt`, or a warning that is an error; None if it is to be ended in the usual
             way.
     """

@@ -250,6 +250,16 @@ def test_a_package_that_fails(call, monkeypatch, counted):
     assert sum(made[1:]) == 0
 
 
+@pytest.mark.parametrize("call", [0, 2])
+def test_a_package_that_fails_in_a_single_step(call, monkeypatch, counted):
+    """The step is made all the same, and returns what it always returns."""
+    backend = PackageBackend()
+    twins = Twins(sound, monkeypatch, [backend, PackageBackend()])
+    twins.step(WARM)
+    fail(backend, call, RuntimeError("of the machine"))
+    twins.step(3)
+
+
 def values(plan):
     """All but the positions in the data: of a list, any number of batches may have been looked at."""
     state = plan.state_dict()
