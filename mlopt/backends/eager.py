@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import fx
 
 from mlopt.backends.base import AbstractBackend, Compiled, Lowering
+
+aten = torch.ops.aten
 
 
 class EagerGraph:
@@ -23,12 +26,18 @@ class EagerGraph:
 
     def __init__(self, module: fx.GraphModule, note: str = "") -> None:
         self.lowering = Lowering("eager", note)
-        self._forward = module.forward
+        self._module = module
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Run the graph."""
         with torch.no_grad():
-            return self._forward(*arguments)
+            try:
+                return self._module.forward(*arguments)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(error) or not _has_views(self._module):
+                    raise
+                self._module = _with_reshapes(self._module)
+            return self._module.forward(*arguments)
 
     def native_call(self, arguments: Sequence[Any]) -> Any:
         """None: the graph is Python."""
@@ -41,6 +50,23 @@ class EagerGraph:
     def native_steps(self, *_: Any) -> Any:
         """None: the graph is Python."""
         return None
+
+
+def _has_views(module: fx.GraphModule) -> bool:
+    return bool(module.graph.find_nodes(op="call_function", target=aten.view.default))
+
+
+def _with_reshapes(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a graph whose views are copies where they cannot be views.
+
+    A trace has the strides that torch's fake kernels tell, which are contiguous where some kernels of the CPU keep
+    channels last (``max_unpool2d``, ``channel_shuffle``).
+    """
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in copied.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+    copied.recompile()
+    return copied
 
 
 class EagerBackend(AbstractBackend):
