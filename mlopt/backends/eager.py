@@ -27,17 +27,19 @@ class EagerGraph:
     def __init__(self, module: fx.GraphModule, note: str = "") -> None:
         self.lowering = Lowering("eager", note)
         self._module = module
+        self._forward = module.forward
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         """Run the graph."""
         with torch.no_grad():
             try:
-                return self._module.forward(*arguments)
+                return self._forward(*arguments)
             except RuntimeError as error:
                 if "view size is not compatible" not in str(error) or not _has_views(self._module):
                     raise
                 self._module = _with_reshapes(self._module)
-            return self._module.forward(*arguments)
+                self._forward = self._module.forward
+            return self._forward(*arguments)
 
     def native_call(self, arguments: Sequence[Any]) -> Any:
         """None: the graph is Python."""
