@@ -40,6 +40,7 @@ from mlopt.autodiff import (
 )
 from mlopt.backends import AbstractBackend, Compiled, Lowering
 from mlopt.capture import LossGraph
+from mlopt.hypergradient import AbstractEstimator
 from mlopt.planner import ProductNeeds
 from mlopt.runtime.data import Batch
 from mlopt.runtime.lowered_update import CompiledUpdate
@@ -440,3 +441,20 @@ class _GraphLinearization(AbstractLinearization):
 
     def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(self._targets, self._call["mixed"](*self._residuals, vector), strict=True))
+
+
+class NoProducts(AbstractLinearization):
+    """Stands for the Hessian of a problem whose estimator has said that it does not multiply with it."""
+
+    def __init__(self, estimator: AbstractEstimator) -> None:
+        self._estimator = estimator
+
+    def hvp(self, vector: torch.Tensor) -> torch.Tensor:
+        """Raise ValueError: the estimator contradicts itself."""
+        raise ValueError(
+            f"{self._estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
+        )
+
+    def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Not asked of an operator."""
+        raise AssertionError("mixed products are not asked of an operator")

@@ -15,7 +15,6 @@ from mlopt.autodiff import FlatLayout, scale_gradients
 from mlopt.autodiff.update import OptimizerState, update_factor
 from mlopt.capture.output import silenced
 from mlopt.errors import SolverWarning
-from mlopt.hypergradient import AbstractEstimator
 from mlopt.linalg import (
     AbstractLinearOperator,
     BlockOperator,
@@ -32,6 +31,7 @@ from mlopt.runtime.derivatives import (
     AbstractLinearization,
     GradientResult,
     MeanLinearization,
+    NoProducts,
     mean_of_each,
     mean_result,
 )
@@ -49,21 +49,6 @@ from mlopt.runtime.state import ProblemState, Sample
 from mlopt.runtime.step_pass import Made, Pass
 from mlopt.runtime.steps import CompiledStep
 from mlopt.runtime.unroll import Reversal
-
-
-class _NoProducts(AbstractLinearization):
-    """Stands for the Hessian of a problem whose estimator has said that it does not multiply with it."""
-
-    def __init__(self, estimator: AbstractEstimator) -> None:
-        self._estimator = estimator
-
-    def hvp(self, vector: torch.Tensor) -> torch.Tensor:
-        raise ValueError(
-            f"{self._estimator!r} multiplies with H in solve(), but its `uses_hvp` is False; set it to True"
-        )
-
-    def mixed(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        raise AssertionError("mixed products are not asked of an operator")
 
 
 class Executor:
@@ -507,7 +492,7 @@ class Executor:
         elif estimator.uses_hvp:
             operator = self.operator(instruction.problem, run.linearizations[instruction.problem])
         else:
-            operator = self.operator(instruction.problem, _NoProducts(estimator))
+            operator = self.operator(instruction.problem, NoProducts(estimator))
         guess = self.guesses.get(key) if estimator.warm_start else None
         with torch.no_grad():
             solution = estimator.solve(operator, run.slots[instruction.rhs], guess)
