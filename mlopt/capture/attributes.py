@@ -17,11 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from mlopt.capture.places import variables_of
+from mlopt.capture.places import MACHINERY, Variables, value_at
 from mlopt.problem import Problem
 
 _SCALARS = (bool, int, float, complex, str, type(None))
-_MACHINERY = frozenset(vars(nn.Module()))  # what every module has; its training mode is looked at elsewhere
 _ABSENT = object()
 
 
@@ -45,7 +44,7 @@ class ReadAttribute:
 
     def current(self) -> object:
         """Return what the attribute is now; something equal to `value` if it has not changed."""
-        value = getattr(self.owner, self.name, None)
+        value = value_at(self.owner, self.name)
         return value if isinstance(value, _SCALARS) else _plain(value, self.words)
 
     def describe(self, problems: Sequence[Problem]) -> str:
@@ -81,15 +80,14 @@ class AttributeRecorder:
         if plain is not _ABSENT:
             self._first[id(owner), name] = ReadAttribute(owner, name, plain)
 
-    def note_variables(self, problem: Problem) -> None:
-        """Remember the plain values of the variables that the code of a problem's `training_step` names."""
-        places, words = variables_of(problem)
+    def note_variables(self, variables: Variables) -> None:
+        """Remember the plain values of the variables that the code of a `training_step` names."""
+        places, words = variables
         for owner, name, label in places:
-            with contextlib.suppress(ValueError, AttributeError):  # an empty cell
-                value = getattr(owner, name)
-                plain = value if isinstance(value, _SCALARS) else _plain(value, words)
-                if plain is not _ABSENT and plain != ():
-                    self._first[id(owner), name] = ReadAttribute(owner, name, plain, label, words)
+            value = value_at(owner, name)
+            plain = value if isinstance(value, _SCALARS) else _plain(value, words)
+            if plain is not _ABSENT and plain != ():
+                self._first[id(owner), name] = ReadAttribute(owner, name, plain, label, words)
 
     def unchanged(self) -> tuple[ReadAttribute, ...]:
         """Return the attributes that still have the value they were first read with.
@@ -109,7 +107,8 @@ def recording_attributes() -> Iterator[AttributeRecorder]:
         kind = type(owner)  # `isinstance` would ask the owner for its class, and so this function
         if issubclass(kind, Problem) and value is not None and name in kind.live_attributes:
             recorder.read_live = owner, name  # type: ignore[assignment]
-        if name not in _MACHINERY and _is_plain_place(owner, name) and _varies(owner, value):
+        # The training mode of a module is looked at elsewhere.
+        if name not in MACHINERY and _is_plain_place(owner, name) and _varies(owner, value):
             recorder.note(owner, name, value)
         return value
 

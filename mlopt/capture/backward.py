@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,6 +17,7 @@ from unittest import mock
 import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
+from mlopt.capture.lines import users_line
 from mlopt.capture.record import GraphInput, InputRole
 
 _HOOK = "a hook that may change a gradient"
@@ -32,9 +32,7 @@ class BackwardWatcher:
     def note(self, what: str) -> None:
         """Remember the first finding."""
         if self.found is None:
-            frames = [f for f in traceback.extract_stack() if not f.filename.startswith((torch.__path__[0], __file__))]
-            frame = frames[-1]
-            self.found = f"{what}\n  at {frame.filename}:{frame.lineno}: {frame.line}"
+            self.found = f"{what}\n  {users_line(__file__)}"
 
 
 @contextlib.contextmanager

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlopt.capture.places import variables_of
+from mlopt.capture.places import MACHINERY, Place, value_at
 from mlopt.problem import Problem
 
 _KINDS = (list, dict, set, collections.deque, collections.defaultdict, collections.Counter, collections.OrderedDict)
 _LONGEST = 100_000
-_MACHINERY = frozenset(vars(nn.Module()))
 
 
 class ContainerWatcher:
@@ -35,14 +34,14 @@ class ContainerWatcher:
 
 
 @contextlib.contextmanager
-def watching_containers(problem: Problem, problems: Sequence[Problem]) -> Iterator[ContainerWatcher]:
-    """Look at the containers that a problem's `training_step` can reach; put them back at the end.
+def watching_containers(places: Sequence[Place], problems: Sequence[Problem]) -> Iterator[ContainerWatcher]:
+    """Look at the containers that a `training_step` can reach; put them back at the end.
 
     Args:
-        problem: Whose `training_step` runs inside of the context.
-        problems: All of them.
+        places: The variables that its code reads.
+        problems: All problems of its graph.
     """
-    before = {id(c): (label, c, _copied(c), is_cache) for label, c, is_cache in _containers(problem, problems)}
+    before = {id(c): (label, c, _copied(c), is_cache) for label, c, is_cache in _containers(places, problems)}
     attributes = [(owner, label, dict(vars(owner))) for owner, label in _owners(problems)]
     watcher = ContainerWatcher()
     try:
@@ -72,17 +71,16 @@ def _owners(problems: Sequence[Problem]) -> Iterator[tuple[Problem | nn.Module, 
             yield module, f"self.module{'.' if path else ''}{path}.{{}} of problem {p.name!r}"
 
 
-def _containers(problem: Problem, problems: Sequence[Problem]) -> Iterator[tuple[str, Any, bool]]:
+def _containers(places: Sequence[Place], problems: Sequence[Problem]) -> Iterator[tuple[str, Any, bool]]:
     for owner, label in _owners(problems):
         is_module = isinstance(owner, nn.Module)
         for name, value in vars(owner).items():
-            if _is_container(value) and not (is_module and name in _MACHINERY):
+            if _is_container(value) and not (is_module and name in MACHINERY):
                 yield label.format(name), value, is_module and isinstance(value, dict)
-    for place in variables_of(problem).places:
-        with contextlib.suppress(ValueError, AttributeError):  # an empty cell
-            value = getattr(place.owner, place.name)
-            if _is_container(value):
-                yield place.label, value, False
+    for place in places:
+        value = value_at(place.owner, place.name)
+        if _is_container(value):
+            yield place.label, value, False
 
 
 def _is_container(value: Any) -> bool:

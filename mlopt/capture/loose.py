@@ -9,7 +9,6 @@ graph either.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from mlopt.capture.lines import users_line
 from mlopt.problem import Problem
 
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad
@@ -45,12 +45,12 @@ class LooseParameters(TorchFunctionMode):
         """Run the operation; sizes, dtypes and the like may be asked for."""
         kwargs = kwargs or {}
         if self.switched is None and _switches(func, args):
-            self.switched = _line()
+            self.switched = users_line(__file__)
         result = func(*args, **kwargs)
         if self.found is None and any(isinstance(x, torch.Tensor) for x in tree_leaves(result)):
             names = [self._names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self._names]
             if names:
-                self.found = f"{names[0]}\n  {_line()}"
+                self.found = f"{names[0]}\n  {users_line(__file__)}"
         return result
 
 
@@ -60,9 +60,3 @@ def _switches(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     if not (is_setter or func is torch.Tensor.requires_grad_) or not isinstance(args[0], torch.nn.Parameter):
         return False
     return bool(args[0].requires_grad != (args[1] if len(args) > 1 else True))
-
-
-def _line() -> str:
-    hidden = (torch.__path__[0], __file__)
-    frame = [f for f in traceback.extract_stack() if not f.filename.startswith(hidden)][-1]
-    return f"at {frame.filename}:{frame.lineno}: {frame.line}"

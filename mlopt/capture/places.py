@@ -8,9 +8,12 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from mlopt.problem import Problem
 
 _MOST_FUNCTIONS = 100
+MACHINERY = frozenset(vars(nn.Module()))  # the attributes that every module has
 
 
 class Place(NamedTuple):
@@ -53,7 +56,7 @@ def variables_of(problem: Problem) -> Variables:
             continue
         seen.add(id(function))
         for place in _places(function):
-            value = getattr(place.owner, place.name, None)
+            value = value_at(place.owner, place.name)
             if isinstance(value, types.FunctionType):
                 waiting.append(value)
             else:
@@ -64,6 +67,14 @@ def variables_of(problem: Problem) -> Variables:
             if isinstance(method, types.FunctionType):
                 waiting.append(method)
     return Variables(places, frozenset(words))
+
+
+def value_at(owner: object, name: str) -> object:
+    """Return the present value of an attribute or variable; None where there is none."""
+    try:
+        return getattr(owner, name, None)
+    except ValueError:  # an empty cell: a variable of an enclosing function that has no value yet, or no more
+        return None
 
 
 def _own(problem: Problem) -> list[Callable[..., Any]]:

@@ -11,6 +11,7 @@ from mlopt.capture.backward import BackwardWatcher, watching_backward
 from mlopt.capture.containers import ContainerWatcher, watching_containers
 from mlopt.capture.loose import LooseParameters
 from mlopt.capture.output import OutputListener, listening
+from mlopt.capture.places import variables_of
 from mlopt.errors import CaptureError
 from mlopt.problem import Problem
 
@@ -38,9 +39,10 @@ class StepWatch:
         enter = self._exit.enter_context
         self._listener = enter(listening())
         self._backward = enter(watching_backward())
-        self._containers = enter(watching_containers(self._problem, self._problems))
+        variables = variables_of(self._problem)
+        self._containers = enter(watching_containers(variables.places, self._problems))
         self._recorder = enter(recording_attributes())
-        self._recorder.note_variables(self._problem)
+        self._recorder.note_variables(variables)
         enter(self._loose)
         return self
 

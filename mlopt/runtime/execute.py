@@ -141,8 +141,12 @@ class Executor:
         try:
             return self._step(name)
         except Exception as error:
-            error.add_note(f"(in step {self.states[name].num_steps + 1} of problem {name!r})")
+            self.say_where(name, error)
             raise
+
+    def say_where(self, name: str, error: Exception) -> None:
+        """Note in an error which step of which problem it happened in."""
+        error.add_note(f"(in step {self.states[name].num_steps + 1} of problem {name!r})")
 
     def _step(self, name: str) -> dict[str, Any]:
         state = self.states[name]

@@ -160,7 +160,7 @@ class RoundRunner:
         try:
             return self._executor.next_batches(name, count)
         except Exception as error:
-            error.add_note(f"(in step {self._executor.states[name].num_steps + 1} of problem {name!r})")
+            self._executor.say_where(name, error)
             raise
 
     def _is_known(self, name: str, batch: Batch) -> bool:

@@ -99,6 +99,18 @@ class TestVariables:
         rate = 1.0
         assert loss_of(plan) == pytest.approx(6 * before)
 
+    def test_one_that_has_no_value(self):
+        """An empty cell; it may be filled later."""
+
+        def training_step(self, batch):
+            loss = self.module(batch).square().mean()
+            return loss * rate if self.uses_rate else loss
+
+        plan = write_out(training_step, uses_rate=False)
+        before = loss_of(plan)
+        rate = 2.0
+        assert loss_of(plan) == pytest.approx(before)
+
     def test_one_that_changes_in_every_step_is_named(self, monkeypatch):
         plan = write_out(lambda self, batch: self.module(batch).square().mean() * RATE)
         with pytest.raises(CaptureError, match=r"it reads the global RATE of tests\.capture\.test_watch, which keeps"):
